@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# make quickstart   set up and run the main job        make test      what CI runs
+# make lint format  ruff and mypy                      make bench     the speed ratios under results/
+# FULL=1 make quickstart   every question instead of the stated subset
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Installed only where torch is missing, so an environment that brings its own build (CPU, ROCm, another CUDA) keeps it:
+# make quickstart VENV=/path/to/that/environment
+TORCH  ?= torch==2.14.1 torchvision==0.29.1
+MODEL  ?= assets/models/tiny-llava
+LIMIT  ?= 400
+STAMP  := $(VENV)/.vlmcompress-installed
+SOURCES := vlmcompress adapters eval tests
+
+.PHONY: quickstart test lint format bench clean setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "vlmcompress needs Python 3.10 or newer; say which one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch, torchvision' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/vlmcompress eval $(MODEL) --tasks scenes,easy-vqa --keep 48,32,16 \
+	  $(if $(FULL),--full,--limit $(LIMIT)) --out out/quickstart$(if $(FULL),-full)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+# one torch thread per worker: two workers with two threads each on two cores are slower than this
+test: lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP)
+	$(BIN)/vlmcompress bench --out results
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
