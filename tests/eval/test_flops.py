@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The counter meets the published values and torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
+
+from vlmcompress.eval.flops import CONVENTIONS, ModelShape, Profile, decode_step, flops, full, full_count, macs
+
+
+def llava_7b(layers: int = 32, d: int = 4096, m: int = 11008, heads: int = 32) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+            image_size=336, patch_size=14, projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=d, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=32064,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return ModelShape.from_config(llava_7b())
+
+
+def high(n: int) -> tuple[float, ...]:
+    """TransPrune High: cuts after layers 7, 9 and 12."""
+    return (n,) * 7 + (0.875 * n,) * 2 + (0.625 * n,) * 3 + (0.125 * n,) * 20
+
+
+# arXiv 2507.20630 (TransPrune), tables 1 and 2; the unpruned rows also in FastV, SparseVLM and MustDrop
+@pytest.mark.parametrize(("n", "tera"), [(576, 3.82), (192, 1.25), (128, 0.83), (64, 0.42), (2880, 20.83)])
+def test_macs_of_a_constant_budget(shape, n, tera):
+    assert macs(shape, Profile((n,) * 32)) / 1e12 == pytest.approx(tera, abs=0.005)
+
+
+@pytest.mark.parametrize(("n", "tera"), [(576, 1.557), (2880, 8.33)])
+def test_macs_of_transprune_high(shape, n, tera):
+    assert macs(shape, Profile(high(n))) / 1e12 == pytest.approx(tera, abs=0.001)
+
+
+# GlobalCom², efficiency table, LLaVA-NeXT-7B at retention 100 / 75 / 50 / 25 / 10 %
+@pytest.mark.parametrize(("share", "tera"), [(1, 41.65), (0.75, 30.42), (0.5, 19.74), (0.25, 9.60), (0.1, 3.77)])
+def test_flops_of_globalcom2(shape, share, tera):
+    assert flops(shape, Profile((share * 2880,) * 32)) / 1e12 == pytest.approx(tera, abs=0.006)
+
+
+@pytest.mark.parametrize(("share", "tera"), [(1, 80.0), (0.5, 38.3), (0.1, 7.4)])
+def test_flops_of_globalcom2_13b(share, tera):
+    shape = ModelShape.from_config(llava_7b(40, 5120, 13824, 40))
+    assert flops(shape, Profile((share * 2880,) * 40)) / 1e12 == pytest.approx(tera, rel=0.01)
+
+
+def tiny(text: str) -> LlavaConfig:
+    sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, vocab_size=99)
+    texts = {
+        "llama": LlamaConfig(**sizes, num_key_value_heads=4),
+        "grouped": LlamaConfig(**sizes, num_key_value_heads=2),
+        "head_dim": LlamaConfig(**sizes, num_key_value_heads=1, head_dim=20),
+        "qwen2": Qwen2Config(**sizes, num_key_value_heads=2),
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4
+    )
+    return LlavaConfig(vision_config=vision, text_config=texts[text], image_token_index=98)
+
+
+@pytest.mark.parametrize("text", ["llama", "grouped", "head_dim", "qwen2"])
+def test_full_agrees_with_torch(text):
+    config = tiny(text)
+    shape = ModelShape.from_config(config)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).eval()
+        embeds = torch.empty(1, 36 + 11, 48)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = model.model.vision_tower(torch.empty(1, 3, 24, 24, device="meta")).last_hidden_state
+        model.model.multi_modal_projector(features[:, 1:])
+        model(inputs_embeds=embeds, logits_to_keep=1)
+    ours = full(shape, Profile((36,) * 3, text=11, tower=(37,) * 2, views=1, projected=36))
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_decode_step_agrees_with_torch():
+    config = tiny("grouped")
+    cache = DynamicCache(config=config.text_config)
+    with torch.device("meta"), torch.no_grad():  # on the meta device: torch does not count the CPU's fused attention
+        model = LlavaForConditionalGeneration(config).eval().model.language_model
+        model(inputs_embeds=torch.empty(1, 20, 48), cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            hidden = model(inputs_embeds=torch.empty(1, 1, 48), cache=cache).last_hidden_state
+            hidden @ torch.empty(48, 99)
+    assert decode_step(ModelShape.from_config(config), [20] * 3) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_true_size_on_the_meta_device(shape):
+    """LLaVA-1.5-7B, 576 visual and 60 text tokens; FlowCut's paper prints 8.82 T for it and 1.95 T at 64."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(llava_7b()).eval()
+        embeds = torch.empty(1, 636, 4096)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs_embeds=embeds, logits_to_keep=1)
+    count = full_count(shape, Profile((576,) * 32, text=60))
+    assert count.decoder + count.lm_head == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert full(shape, Profile((576,) * 32, 60, (577,) * 24, 1, 576)) / 1e12 == pytest.approx(8.82, rel=0.05)
+
+
+def test_the_compressor_is_inside_every_convention(shape):
+    free, paid = Profile((64,) * 32, 60), Profile((64,) * 32, 60, compressor=1e9)
+    added = {name: count(shape, paid) - count(shape, free) for name, count in CONVENTIONS.items()}
+    assert added == {"macs": 0.5e9, "flops": 1e9, "full": 1e9}
+
+
+def test_kv_bytes(shape):
+    """GlobalCom² prints 377 MB for 720 tokens of LLaVA-NeXT-7B in fp16."""
+    assert shape.kv_bytes([720] * 32, 2) / 1e6 == pytest.approx(377, abs=1)
+
+
+def test_unknown_shapes_are_refused():
+    config = llava_7b()
+    config.text_config.model_type = "mamba"
+    with pytest.raises(ValueError, match="text model 'mamba'"):
+        ModelShape.from_config(config)
+    with pytest.raises(ValueError, match="model family 'llama'"):
+        ModelShape.from_config(LlamaConfig())

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one prefill did, in numbers: tokens, FLOPs with the compressor's own inside, and KV bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .eval import flops as counter
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from .tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of one prefill, summed over the ``samples`` of its batch; ``*_before`` is the uncompressed model.
+
+    ``layer_tokens[l]``: visual tokens that decoder layer l processed. ``flops`` and ``flops_before``: by convention
+    (``macs``, ``flops``, ``full``; see ``vlmcompress.eval.flops``). ``compressor_flops``: the method's own, contained in
+    ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included.
+    """
+
+    samples: int
+    images: int
+    text_tokens: int
+    tokens_before: int
+    tokens: int
+    layer_tokens: tuple[int, ...]
+    flops_before: dict[str, float]
+    flops: dict[str, float]
+    compressor_flops: float
+    kv_bytes_before: float
+    kv_bytes: float
+
+    @classmethod
+    def from_ledger(cls, config: Any, ledger: VisualTokens | None, *, dtype: torch.dtype | None = None) -> Report:
+        """Read the numbers off the ledger of the last prefill.
+
+        ``config``: the model's; ``dtype``: of its cache (default: the config's). Raises ``ValueError`` when no visual
+        token ever passed, so that a method that was never applied cannot report a success.
+        """
+        samples = [] if ledger is None else ledger.samples
+        images = [image for sample in samples for image in sample.images]
+        if ledger is None or not images:
+            raise ValueError("There is nothing to report: no image has passed through the model since compress().")
+        shape = counter.ModelShape.from_config(config)
+        after, before = counter.profiles(ledger), counter.uncompressed(shape, ledger)
+        size = _bytes_per_number(dtype or config.dtype)
+        text = sum(sample.text_tokens for sample in samples)
+        entries = [n + text for n in ledger.layer_tokens]
+        if ledger.cache_lengths is not None:
+            entries = [n * len(samples) for n in ledger.cache_lengths]
+        return cls(
+            samples=len(samples),
+            images=len(images),
+            text_tokens=text,
+            tokens_before=sum(image.n_original for image in images),
+            tokens=sum(len(image.kept) for image in images),
+            layer_tokens=tuple(ledger.layer_tokens),
+            flops_before={name: sum(count(shape, p) for p in before) for name, count in counter.CONVENTIONS.items()},
+            flops={name: sum(count(shape, p) for p in after) for name, count in counter.CONVENTIONS.items()},
+            compressor_flops=ledger.compressor_flops,
+            kv_bytes_before=shape.kv_bytes([sum(p.visual[0] + p.text for p in before)] * ledger.n_layers, size),
+            kv_bytes=shape.kv_bytes(entries, size),
+        )
+
+    @property
+    def layer_averaged_tokens(self) -> float:
+        """Visual tokens that a decoder layer processed on average."""
+        return sum(self.layer_tokens) / len(self.layer_tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"layer_averaged_tokens": self.layer_averaged_tokens}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=f"{self.samples} prompt(s), {self.images} image(s), {self.text_tokens} text tokens")
+        for column in ("", "uncompressed", "compressed", "share"):
+            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        rows: list[tuple[str, float, float, str]] = [
+            ("visual tokens in", self.tokens_before, self.tokens, ",.0f"),
+            ("visual tokens, layer average", self.tokens_before, self.layer_averaged_tokens, ",.1f"),
+            ("GFLOPs of the prefill, all parts", self.flops_before["full"] / 1e9, self.flops["full"] / 1e9, ",.4g"),
+            ("GMACs on visual tokens", self.flops_before["macs"] / 1e9, self.flops["macs"] / 1e9, ",.4g"),
+            ("KV cache, KiB", self.kv_bytes_before / 1024, self.kv_bytes / 1024, ",.0f"),
+        ]
+        for label, before, after, form in rows:
+            share = f"{after / before:.1%}" if before else "–"
+            table.add_row(label, f"{before:{form}}", f"{after:{form}}", share)
+        table.add_row("of which the method's own GFLOPs", "", f"{self.compressor_flops / 1e9:,.4g}", "")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=96, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def _bytes_per_number(dtype: torch.dtype | str | None) -> int:
+    import torch
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return (dtype or torch.float32).itemsize
