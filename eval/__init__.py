@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: FLOPs, clocks, accuracy with intervals, and the reports made of them (installed as ``vlmcompress.eval``)."""
+"""Measuring: FLOPs, clocks, accuracy with intervals, and their reports (installed as ``vlmcompress.eval``)."""

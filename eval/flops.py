@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One FLOP counter, three named conventions, fed by the ledger's own token profile.
 
-=========  ============================================================================  ==================================
+=========  ============================================================================  =============================
 name       what it counts                                                                who reports it
-=========  ============================================================================  ==================================
+=========  ============================================================================  =============================
 ``macs``   multiply-adds of the decoder layers on visual tokens: 4nd² + 2n²d + 3ndm      TransPrune, MustDrop, FastV,
            per layer with that layer's own n, text left out                              SparseVLM
 ``flops``  the same with two operations per multiply-add: 8nd² + 4n²d + 6ndm              GlobalCom²
 ``full``   every matrix product of a prefill: vision tower, projector, text and visual   what a user pays; FlowCut
            tokens with grouped-query projections, one lm_head position, the compressor
-=========  ============================================================================  ==================================
+=========  ============================================================================  =============================
 
 d hidden width, m feed-forward width, n visual tokens. ``full`` counts attention over the whole n × n square, as torch's
 own ``FlopCounterMode`` does, and leaves out norms, activations and softmax, as it does; the two agree (see the tests).
@@ -55,7 +55,7 @@ class Stack:
 class ModelShape:
     """The sizes that the cost of a vision-language model follows from.
 
-    ``projector``: (in, out) of each linear layer; ``patch_inputs``: numbers in one image patch (3 × 14 × 14 for CLIP-L);
+    ``projector``: (in, out) of each linear layer; ``patch_inputs``: numbers in one patch (3 × 14 × 14 for CLIP-L);
     ``tower_tokens``: tokens of one view in the tower at its native resolution, the ``tower_prefix`` CLS included.
     """
 

@@ -20,8 +20,8 @@ class Report:
     """Numbers of one prefill, summed over the ``samples`` of its batch; ``*_before`` is the uncompressed model.
 
     ``layer_tokens[l]``: visual tokens that decoder layer l processed. ``flops`` and ``flops_before``: by convention
-    (``macs``, ``flops``, ``full``; see ``vlmcompress.eval.flops``). ``compressor_flops``: the method's own, contained in
-    ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included.
+    (``macs``, ``flops``, ``full``; see ``vlmcompress.eval.flops``). ``compressor_flops``: the method's own, contained
+    in ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included.
     """
 
     samples: int
