@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a table: which methods at which budgets with which seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+UNCOMPRESSED = "none"
+#: rows that every table has, whatever was asked for: the ones that embarrass the field (evaluation.md, section 2)
+BASELINES = (UNCOMPRESSED, "no-vision", "random", "grid", "pool", "resize", "fastv", "tome")
+STANDARD = (UNCOMPRESSED, "no-vision", "random", "grid", "pool", "resize", "vtc-cls", "fastv", "tome")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``seeds`` has an entry per run that it averages (one ``None`` without randomness)."""
+
+    method: str
+    keep: int | float | None = None
+    seeds: tuple[int | None, ...] = (None,)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> str:
+        """Name of the row, fit for a file."""
+        options = [f"{name}={value}" for name, value in sorted(self.options.items())]
+        parts = [self.method, *([] if self.keep is None else [f"keep{self.keep}"]), *options]
+        return "-".join(parts).replace("/", "_").replace(" ", "")
+
+    def run_key(self, seed: int | None) -> str:
+        return self.key if seed is None else f"{self.key}-seed{seed}"
+
+    def arguments(self, seed: int | None) -> dict[str, Any]:
+        """Keyword arguments of ``vlmcompress.compress`` for one run."""
+        budget = {} if self.keep is None else {"keep": self.keep}
+        return budget | self.options | ({} if seed is None else {"seed": seed})
+
+
+def parse_keep(text: str) -> int | float:
+    """``"48"`` → 48 tokens per image, ``"0.25"`` → a quarter of them; ``ValueError`` in one sentence otherwise."""
+    from ..method import check_keep
+
+    try:
+        value: int | float = int(text)
+    except ValueError:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(
+                f"keep is a number of visual tokens per image (int ≥ 1) or a share of them (0 to 1), not '{text}'."
+            ) from None
+    check_keep(value)
+    return value
+
+
+def plan(methods: Sequence[str], keeps: Sequence[int | float], seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """Rows of ``methods`` × ``keeps``; the uncompressed model stands first whether it was asked for or not.
+
+    A method without a ``keep`` option gives one row, a method with a ``seed`` option one row that averages ``seeds``.
+    Raises ``ValueError`` for an unknown method or a budget that no method accepts.
+    """
+    from ..registry import METHODS
+
+    rows = [Row(UNCOMPRESSED)]
+    for name in dict.fromkeys(methods):
+        if name == UNCOMPRESSED:
+            continue
+        options = {f.name for f in dataclasses.fields(METHODS.get(name)) if f.init}
+        drawn: tuple[int | None, ...] = tuple(seeds) if "seed" in options else (None,)
+        rows += [Row(name, keep, drawn) for keep in (keeps if "keep" in options else [None])]
+    return rows

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the rows: greedy answers in left-padded batches first, then the clocks, interleaved, in a phase of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from . import flops as counter
+from .latency import Timing, interleaved, milliseconds, peak_bytes, refuse_zeros
+from .loading import answer, encode, first_sentence
+from .rows import UNCOMPRESSED, Row
+from .store import Store
+from .tasks import Sample, score
+
+Tick = Callable[[str, int], None]
+
+
+def run_rows(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    samples: Mapping[str, list[Sample]],
+    store: Store,
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    tick: Tick = lambda row, answers: None,
+) -> dict[str, str]:
+    """Answer every question of every task under every row, picking up what ``store`` already holds.
+
+    Returns the one-sentence error of each run that failed, by run key; the other rows are unaffected. ``tick`` is told
+    the row and the number of answers as they finish, stored ones included.
+    """
+    import vlmcompress
+
+    questions = [(task, sample) for task, found in samples.items() for sample in found]
+    digests = _image_digests(questions)
+    errors: dict[str, str] = {}
+    for row in rows:
+        for seed in row.seeds:
+            key = row.run_key(seed)
+            done = {(a["task"], a["id"]) for a in store.answers(key)}
+            left = [q for q in questions if (q[0], q[1].id) not in done]
+            tick(key, len(questions) - len(left))
+            if not left:
+                continue
+            try:
+                with vlmcompress.compress(model, row.method, **row.arguments(seed)) as handle:
+                    for start in range(0, len(left), batch_size):
+                        batch = left[start : start + batch_size]
+                        store.append(key, _batch(model, processor, handle, batch, digests, max_new_tokens))
+                        tick(key, len(batch))
+            # a method may fail in any way; its row says so and the others go on
+            except Exception as error:
+                if isinstance(error, OSError):
+                    raise
+                errors[key] = first_sentence(error)
+    return errors
+
+
+def _image_digests(questions: Sequence[tuple[str, Sample]]) -> dict[int, str]:
+    """Short digest of every picture by object: answers about one picture belong together in the statistics."""
+    pictures = {id(sample.image): sample.image for _, sample in questions}
+    return {key: _digest(image) for key, image in pictures.items()}
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha1(repr(image.size).encode() + image.tobytes()).hexdigest()[:12]
+
+
+def _batch(
+    model: Any,
+    processor: Any,
+    handle: Any,
+    batch: Sequence[tuple[str, Sample]],
+    digests: Mapping[int, str],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """One line per question: the answer, whether it is right, and the ledger's account of what it cost."""
+    images, questions = [s.image for _, s in batch], [s.question for _, s in batch]
+    predictions = answer(model, processor, encode(model, processor, images, questions), max_new_tokens)
+    shape = counter.ModelShape.from_config(model.config)
+    ledger = handle.last
+    size = model.dtype.itemsize
+    lines = []
+    for (task, sample), prediction, record, profile in zip(
+        batch, predictions, ledger.samples, counter.profiles(ledger), strict=True
+    ):
+        entries = [n + profile.text for n in profile.visual]
+        if ledger.cache_lengths is not None:
+            # a cut cache is as long as its longest row; text of this row is at most that
+            entries = [min(n, held) for n, held in zip(entries, ledger.cache_lengths, strict=True)]
+        lines.append(
+            {
+                "task": task,
+                "id": sample.id,
+                "image": digests[id(sample.image)],
+                "kind": sample.kind,
+                "question": sample.question,
+                "answer": sample.answer,
+                "prediction": prediction,
+                "correct": bool(score(prediction, sample.answer)),
+                "tokens_in": sum(len(image.kept) for image in record.images),
+                "layer_tokens": profile.mean_visual,
+                "compressor_flops": profile.compressor,
+                "kv_bytes": shape.kv_bytes(entries, size),
+            }
+            | {f"{name}": count(shape, profile) for name, count in counter.CONVENTIONS.items()}
+        )
+    return lines
+
+
+@torch.inference_mode()
+def time_rows(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    sample: Sample,
+    *,
+    rounds: int = 10,
+    decode_tokens: int = 8,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Prefill ms, decode ms per token and peak bytes of the prefill, one image at a time, by row key.
+
+    All rows run once per round, so a busy machine slows all of them; attaching and removing is outside the clock. The
+    uncompressed row is the stock model without hooks. Decoding is the time that ``decode_tokens`` further tokens add to
+    ``generate``. Rows that fail are returned with their one-sentence error instead.
+    """
+    inputs = encode(model, processor, [sample.image], [sample.question])
+    refuse_zeros(inputs)
+    errors: dict[str, str] = {}
+    peaks: dict[str, int] = {}
+    cases: dict[str, Callable[[], float]] = {}
+    for row in rows:
+        clock = _Clock(model, inputs, row, decode_tokens)
+        try:
+            peaks[row.key] = clock.run(lambda c: peak_bytes(c.prefill, model.device))
+        except Exception as error:
+            errors[row.key] = first_sentence(error)
+            continue
+        for part in ("prefill", "first", "all"):
+            cases[f"{part} {row.key}"] = _case(clock, part)
+    if not cases:
+        return {}, errors
+    found = interleaved(cases, rounds=rounds, tick=tick)
+    timings = {}
+    for row in rows:
+        if row.key in errors:
+            continue
+        steps = [
+            (a - b) / decode_tokens for a, b in zip(found[f"all {row.key}"], found[f"first {row.key}"], strict=True)
+        ]
+        timings[row.key] = {
+            "prefill_ms": Timing.of(found[f"prefill {row.key}"]).as_dict(),
+            "decode_ms_per_token": Timing.of(steps).as_dict(),
+            "prefill_peak_bytes": peaks[row.key],
+        }
+    return timings, errors
+
+
+class _Clock:
+    """One row on one input: attaches, measures, removes."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any], row: Row, decode_tokens: int):
+        self.model, self.inputs, self.row, self.decode_tokens = model, inputs, row, decode_tokens
+
+    def prefill(self) -> Any:
+        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    def generate(self, new: int) -> Any:
+        return self.model.generate(**self.inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new)
+
+    def run(self, measure: Callable[[_Clock], Any]) -> Any:
+        import vlmcompress
+
+        if self.row.method == UNCOMPRESSED:
+            return measure(self)
+        with vlmcompress.compress(self.model, self.row.method, **self.row.arguments(self.row.seeds[0])):
+            return measure(self)
+
+
+def _case(clock: _Clock, part: str) -> Callable[[], float]:
+    run: dict[str, Callable[[_Clock], Any]] = {
+        "prefill": lambda c: c.prefill(),
+        "first": lambda c: c.generate(1),
+        "all": lambda c: c.generate(1 + c.decode_tokens),
+    }
+    return lambda: clock.run(lambda c: milliseconds(lambda: run[part](c), c.model.device))
+
+
+def timed_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows worth a clock of their own: each once, whatever its seeds."""
+    return list({row.key: row for row in rows}.values())
