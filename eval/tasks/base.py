@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: images, one question each, one-word answers. `load` reads a task, `score` marks an answer."""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FOLDER = Path(__file__).parent
+REGISTRY: dict[str, Callable[[str], list["Sample"]]] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image. ``kind`` is the sort of question, for stratified subsets and tables."""
+
+    id: str
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+
+
+def register_task(name: str):
+    """Register a function ``split -> list[Sample]`` as the task ``name``."""
+
+    def add(reader: Callable[[str], list[Sample]]):
+        REGISTRY[name] = reader
+        return reader
+
+    return add
+
+
+def tasks() -> list[str]:
+    """The names of the tasks that exist."""
+    return sorted(REGISTRY)
+
+
+def load(task: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Sample]:
+    """The samples of a task; with ``limit`` a seeded subset in which each kind keeps its share."""
+    if task not in REGISTRY:
+        raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(tasks())}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    samples = REGISTRY[task](split)
+    return samples if limit is None or limit >= len(samples) else _subset(samples, limit, seed)
+
+
+def _subset(samples: list[Sample], limit: int, seed: int) -> list[Sample]:
+    """``limit`` samples in their own order, each kind by its share (largest remainders)."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups[sample.kind].append(i)
+    rng = np.random.default_rng(seed)
+    exact = {kind: limit * len(members) / len(samples) for kind, members in groups.items()}
+    share = {kind: int(value) for kind, value in exact.items()}
+    for kind in sorted(exact, key=lambda k: (share[k] - exact[k], k))[: limit - sum(share.values())]:
+        share[kind] += 1
+    chosen = [int(i) for kind in sorted(groups) for i in rng.permutation(groups[kind])[: share[kind]]]
+    return [samples[i] for i in sorted(chosen)]
+
+
+def score(prediction: str, answer: str) -> bool:
+    """Whether the first word of the prediction is the answer, without regard to case and punctuation."""
+    return _first_word(prediction) == _first_word(answer)
+
+
+def _first_word(text: str) -> str:
+    found = re.findall(r"\w+", text.lower())
+    return found[0] if found else ""
+
+
+def read_parquet(path: Path) -> list[Sample]:
+    """Samples of a stored test set: rows of an image (PNG bytes) and its questions."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("Stored test sets are read with pyarrow: pip install 'vlmcompress[eval]'") from error
+    samples = []
+    for row in parquet.read_table(path).to_pylist():
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        for n, qa in enumerate(row["questions"]):
+            samples.append(Sample(f"{row['id']}-{n}", image, qa["question"], qa["answer"], qa["kind"]))
+    return samples
+
+
+def _stored(name: str, split: str) -> list[Sample]:
+    if split != "test":
+        raise ValueError(f"{name} stores its test split only; make other scenes with vlmcompress.training.scenes")
+    return read_parquet(FOLDER / name.replace("-", "_") / "test.parquet")
+
+
+@register_task("scenes")
+def scenes(split: str) -> list[Sample]:
+    """Coloured shapes and digits at 96 × 96 pixels, see ``scenes/test.json`` for how they were made."""
+    return _stored("scenes", split)
+
+
+@register_task("easy-vqa")
+def easy_vqa(split: str) -> list[Sample]:
+    """The easy-VQA data set from its own package: 1,000 test images, 9,673 questions, 13 answers."""
+    try:
+        import easy_vqa as package
+    except ImportError as error:
+        raise ImportError("The task easy-vqa needs the package easy-vqa: pip install 'vlmcompress[eval]'") from error
+    if split == "test":
+        rows, paths = package.get_test_questions(), package.get_test_image_paths()
+    elif split == "train":
+        rows, paths = package.get_train_questions(), package.get_train_image_paths()
+    else:
+        raise ValueError(f"easy-vqa has the splits train and test, not {split!r}")
+    images: dict[int, Image.Image] = {}
+    samples = []
+    for n, (question, answer, index) in enumerate(zip(*rows, strict=True)):
+        if index not in images:
+            with Image.open(paths[index]) as file:
+                images[index] = file.convert("RGB")
+        samples.append(Sample(f"{split}-{index}-{n}", images[index], question, answer, _easy_vqa_kind(answer)))
+    return samples
+
+
+def _easy_vqa_kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "existence"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "color"

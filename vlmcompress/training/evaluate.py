@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a model folder per kind of question, whole and with a random choice of its visual tokens.
+
+``python -m vlmcompress.training.evaluate assets/models/tiny-llava --task scenes --keep 16``: a check of the model that
+stands apart from the library's hooks. It gathers the input embeddings itself; the answer is the likeliest next word.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmcompress.eval.tasks import Sample, load, score
+
+
+@torch.no_grad()
+def answers(
+    model, processor, samples: list[Sample], keep: int | None = None, contiguous: bool = False, seed: int = 0
+) -> list[str]:
+    """One word per sample. With ``keep`` every prompt keeps that many random visual tokens, in their order.
+
+    ``contiguous`` renumbers what is left; otherwise the survivors and the text keep their positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [f"<image> {sample.question}" for sample in samples]
+    lengths: dict[int, list[int]] = defaultdict(list)
+    for i, ids in enumerate(processor.tokenizer(prompts)["input_ids"]):
+        lengths[len(ids)].append(i)
+    found = [""] * len(samples)
+    for same in lengths.values():  # prompts of one length need no padding
+        for start in range(0, len(same), 64):
+            rows = same[start : start + 64]
+            inputs = processor(
+                images=[samples[i].image for i in rows], text=[prompts[i] for i in rows], return_tensors="pt"
+            ).to(model.device)
+            words = _next_words(model, inputs, keep, contiguous, generator)
+            for i, word in zip(rows, processor.tokenizer.batch_decode(words[:, None]), strict=True):
+                found[i] = word
+    return found
+
+
+def _next_words(model, inputs, keep: int | None, contiguous: bool, generator) -> torch.Tensor:
+    """Ids [B] of the likeliest next words."""
+    ids = inputs["input_ids"]
+    core = model.model
+    image = torch.stack(list(core.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+    here = ids == model.config.image_token_id
+    embeds = core.get_input_embeddings()(ids).masked_scatter(here[..., None], image)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if keep is not None:
+        noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(~here, 2.0)
+        kept = (
+            noise.topk(keep + int((~here[0]).sum()), dim=1).indices
+            if keep
+            else (~here).nonzero()[:, 1].view(len(ids), -1)
+        )
+        kept = kept.sort(1).values
+        embeds = embeds.gather(1, kept[..., None].expand(-1, -1, embeds.shape[-1]))
+        places = torch.arange(kept.shape[1], device=ids.device).expand_as(kept) if contiguous else kept
+    # an all-ones mask: without it, gaps in the positions would be taken for packed sequences
+    mask = torch.ones(places.shape, dtype=torch.long, device=ids.device)
+    out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+    return out.logits[:, -1].argmax(-1)
+
+
+def accuracy(samples: list[Sample], said: list[str]) -> dict[str, float]:
+    """Share of right answers, over all and per kind."""
+    marks = defaultdict(list)
+    for sample, word in zip(samples, said, strict=True):
+        marks["all"].append(score(word, sample.answer))
+        marks[sample.kind].append(score(word, sample.answer))
+    return {kind: sum(found) / len(found) for kind, found in marks.items()}
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    task: Annotated[str, typer.Option(help="Task to ask.")] = "scenes",
+    keep: Annotated[list[int] | None, typer.Option(help="Also with so many random visual tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask a stratified subset.")] = None,
+) -> None:
+    """Print the accuracy of a model per kind of question."""
+    loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
+    processor, samples = AutoProcessor.from_pretrained(model), load(task, limit=limit)
+    rows = {"every token": accuracy(samples, answers(loaded, processor, samples))}
+    for count in keep or []:
+        for contiguous in (False, True):
+            name = f"random {count}, {'contiguous' if contiguous else 'original'} positions"
+            rows[name] = accuracy(samples, answers(loaded, processor, samples, count, contiguous))
+    for name, row in rows.items():
+        typer.echo(f"{name}: " + ", ".join(f"{kind} {100 * value:.1f}" for kind, value in row.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
