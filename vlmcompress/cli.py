@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Every bad input ends in one plain sentence on stderr and a non-zero exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+app = typer.Typer(
+    name="vlmcompress",
+    help="Visual-token compression for stock Hugging Face vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+#: module → the extra that brings it
+EXTRAS = {
+    "scipy": "eval",
+    "matplotlib": "eval",
+    "datasets": "eval",
+    "pyarrow": "eval",
+    "easy_vqa": "eval",
+    "accelerate": "train",
+    "open_clip": "train",
+    "peft": "train",
+    "gradio": "demo",
+    "vllm": "serve",
+}
+
+Keep = Annotated[str, typer.Option(help="Visual tokens per image, or a share of them (0.25).")]
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    image: Annotated[Path, typer.Argument(help="Picture.")],
+    question: Annotated[str, typer.Argument(help="Question about it.")],
+    method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
+    keep: Keep = "0.25",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG of the kept patches over the picture.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: str = "cpu",
+) -> None:
+    """Answer one question about one picture, and show what was kept."""
+    from .commands.run import answer_one
+
+    answer_one(model, image, question, method, keep, option or [], out, max_new_tokens, device)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; the uncompressed model is always measured.")
+    ] = "standard",
+    keep: Annotated[str, typer.Option(help="Comma-separated budgets: tokens per image, or shares.")] = "0.33,0.22,0.11",
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "scenes,easy-vqa",
+    limit: Annotated[int, typer.Option(min=1, help="Questions per task, a fixed subset.")] = 400,
+    full: Annotated[bool, typer.Option("--full", help="All questions.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of results; what it already holds is not run again.")] = Path(
+        "out/eval"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods that draw at random.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 4,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed runs per row; 0 leaves the clocks out.")] = 10,
+    device: str = "cpu",
+) -> None:
+    """Accuracy, FLOPs, time and memory of methods × budgets, with the baselines that a claim must beat."""
+    from .commands.evaluate import Settings, evaluate
+
+    evaluate(
+        Settings(
+            model, methods, keep, tasks, None if full else limit, out, seeds, batch_size, max_new_tokens, rounds, device
+        )
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, where they act and the options they take."""
+    from .commands.methods import list_methods
+
+    list_methods()
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
+    rounds: Annotated[int, typer.Option(min=1)] = 10,
+    device: str = "cpu",
+) -> None:
+    """Distance to the speed limit: compressed prefill against a prompt that natively has the kept tokens."""
+    from .commands.bench import bench
+
+    bench(out, rounds, device)
+
+
+@app.command(
+    "train",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Train the small models that this project ships (`vlmcompress train --help`)."""
+    from .training.cli import app as training
+
+    training(context.args, prog_name="vlmcompress train", standalone_mode=False)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error that a user can cause; ``None`` for a defect of ours, which keeps its traceback."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = EXTRAS.get(error.name.split(".")[0])
+        if extra is None:
+            return None
+        return f"This needs the package {error.name.split('.')[0]}; install it with: pip install 'vlmcompress[{extra}]'"
+    if isinstance(error, ImportError) and "vlmcompress[" in str(error):
+        return str(error)
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    if isinstance(error, (ValueError, OSError)):
+        return " ".join(str(error).split())
+    return None
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Entry point of the script ``vlmcompress``."""
+    try:
+        code = app(args, standalone_mode=False)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("Interrupted; everything finished is kept.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(sentence, file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmcompress eval``: rows × tasks, resumable, then the clocks, then the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for on the command line; ``limit`` None means every question."""
+
+    model: str
+    methods: str
+    keep: str
+    tasks: str
+    limit: int | None
+    out: Path
+    seeds: int
+    batch_size: int
+    max_new_tokens: int
+    rounds: int
+    device: str
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Run what ``settings.out`` does not hold yet, print the table, write report.json, report.md and frontier.png."""
+    from ..eval import chart, results, table
+    from ..eval.loading import fingerprint, load
+    from ..eval.rows import STANDARD, parse_keep, plan
+    from ..eval.store import Store, write_json
+    from ..eval.tasks import load as load_task
+
+    names = STANDARD if settings.methods == "standard" else split(settings.methods, "methods")
+    keeps = [parse_keep(k) for k in split(settings.keep, "keep")]
+    rows = plan(names, keeps, range(settings.seeds))
+    samples = {task: load_task(task, limit=settings.limit) for task in split(settings.tasks, "tasks")}
+    model, processor = load(settings.model, device=settings.device)
+    configuration = {
+        "model": fingerprint(settings.model),
+        "tasks": {task: len(found) for task, found in samples.items()},
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": str(model.dtype),
+    }
+    store = Store(settings.out, configuration)
+    console = Console()
+    errors, timings = _measure(settings, model, processor, rows, samples, store, console)
+    report = {
+        "schema": results.SCHEMA,
+        "model": {
+            "name": Path(settings.model).name,
+            "fingerprint": configuration["model"],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": configuration["dtype"],
+        },
+        "settings": {
+            "tasks": configuration["tasks"],
+            "limit": settings.limit,
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_size": settings.batch_size,
+            "rounds": settings.rounds,
+        },
+        "environment": results.environment(settings.device),
+        "rows": results.summarize(
+            store, rows, list(samples), errors=errors, timings=timings, expected=sum(map(len, samples.values()))
+        ),
+    }
+    write_json(settings.out / "report.json", report)
+    notes = table.notes(report)
+    text = [f"# {report['model']['name']}", table.markdown(report), *notes, "![accuracy against FLOPs](frontier.png)"]
+    (settings.out / "report.md").write_text("\n\n".join(text) + "\n")
+    chart.frontier(report, settings.out / "frontier.png")
+    Console(width=max(console.width, 150)).print(table.terminal(report))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    console.print(f"Written: {settings.out}/report.json, report.md, frontier.png", highlight=False)
+    return report
+
+
+def split(text: str, what: str) -> list[str]:
+    """The comma-separated names; ``ValueError`` when there is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--{what} names nothing; it takes a comma-separated list.")
+    return list(dict.fromkeys(names))
+
+
+def _measure(settings, model, processor, rows, samples, store, console) -> tuple[dict[str, str], dict[str, Any]]:
+    """The two phases under one progress bar each: answers, then clocks."""
+    from ..eval.runner import run_rows, time_rows
+
+    columns = (
+        TextColumn("{task.description:<24}"), BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    runs = sum(len(row.seeds) for row in rows)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("answers", total=runs * sum(map(len, samples.values())))
+
+        def answered(row: str, n: int) -> None:
+            progress.update(bar, description=row, advance=n)
+
+        errors = run_rows(
+            model, processor, rows, samples, store,
+            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens, tick=answered,
+        )  # fmt: skip
+        progress.update(bar, description="answers")
+        if not settings.rounds:
+            return errors, {}
+        clock = progress.add_task("clocks", total=3 * len(rows) * (settings.rounds + 2))
+        first = next(iter(samples.values()))[0]
+        timings, failed = time_rows(
+            model, processor, rows, first, rounds=settings.rounds, tick=lambda: progress.advance(clock)
+        )
+        progress.update(clock, completed=3 * len(rows) * (settings.rounds + 2))
+    return failed | errors, timings
