@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hooks need to know about a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedModel
+
+from ..method import Stage
+from ..registry import ADAPTERS
+from ..tokens import Layout
+
+if TYPE_CHECKING:
+    from ..method import Method
+
+
+def adapter_for(model: PreTrainedModel) -> Adapter:
+    """The adapter of this model's family, bound to the model. Raises ``ValueError`` when there is none."""
+    model_type = model.config.model_type
+    known = ADAPTERS.items()
+    if model_type not in known:
+        text_only = not hasattr(model.config, "vision_config")
+        what = "is a text-only model" if text_only else "is of a family without an adapter"
+        raise ValueError(f"{type(model).__name__} ('{model_type}') {what}; supported: {', '.join(known)}.")
+    if not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForImageTextToText."
+        )
+    return known[model_type](model)
+
+
+class Adapter:
+    """Where things are in one model. Subclasses serve one ``model_type`` each.
+
+    The defaults fit models built like LLaVA: ``model.model`` holds ``vision_tower``, ``multi_modal_projector`` and
+    ``language_model``; the tower has separate q, k and v projections.
+    """
+
+    model_type: ClassVar[str] = ""
+    #: position ids are three-dimensional (time, row, column)
+    mrope: ClassVar[bool] = False
+    #: every row of the projector's input becomes one row of its output, so that only the chosen rows need projecting
+    tokenwise_projector: ClassVar[bool] = True
+    #: stages that this family cannot serve, each with the reason
+    refused: ClassVar[dict[Stage, str]] = {}
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    # modules ----------------------------------------------------------------------------------------------------
+    @property
+    def inner(self) -> nn.Module:
+        """The model without its language-model head; its forward gets ``input_ids`` and ``pixel_values``."""
+        return self.model.model
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.inner.language_model
+
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        return self.language_model.layers
+
+    @property
+    def text_config(self) -> Any:
+        return self.language_model.config
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.inner.vision_tower
+
+    @property
+    def tower_layers(self) -> Sequence[nn.Module]:
+        encoder = getattr(self.tower, "vision_model", self.tower).encoder
+        return encoder.layers
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.inner.multi_modal_projector
+
+    # tower ------------------------------------------------------------------------------------------------------
+    @property
+    def has_cls(self) -> bool:
+        return self.tower_prefix > 0
+
+    @property
+    def tower_prefix(self) -> int:
+        """Special tokens in front of the patches."""
+        return int(hasattr(getattr(self.tower, "vision_model", self.tower).embeddings, "class_embedding"))
+
+    @property
+    def tower_scale(self) -> float:
+        """Factor on the tower's attention logits."""
+        return self.tower_layers[0].self_attn.head_dim ** -0.5
+
+    @property
+    def feature_layer(self) -> int:
+        """0-based vision layer whose output goes to the projector (the deepest one where there are several)."""
+        chosen = self.model.config.vision_feature_layer
+        depth = len(self.tower_layers)
+        layers = [chosen] if isinstance(chosen, int) else list(chosen)
+        return max(layer if layer >= 0 else depth + 1 + layer for layer in layers) - 1
+
+    def tower_projections(self, index: int) -> dict[str, nn.Module]:
+        """The Linear modules of one vision layer whose outputs :meth:`split_qkv` reads."""
+        attention = self.tower_layers[index].self_attn
+        return {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
+
+    def split_qkv(self, index: int, taps: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [V, H, n, d] from the recorded outputs of :meth:`tower_projections`."""
+        heads = self.tower_layers[index].self_attn.num_heads
+        q, k, v = (taps[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
+        return q, k, v
+
+    def shrink_pixels(self, args: tuple, kwargs: dict, grid: tuple[int, int]) -> tuple[tuple, dict]:
+        """Tower arguments with the views resized to ``grid`` patches (rows, columns)."""
+        pixels = args[0] if args else kwargs["pixel_values"]
+        patch = self.tower.config.patch_size
+        size = (grid[0] * patch, grid[1] * patch)
+        dtype = pixels.dtype
+        small = nn.functional.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(dtype)
+        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        if args:
+            return (small, *args[1:]), kwargs
+        return args, {**kwargs, "pixel_values": small}
+
+    # projector --------------------------------------------------------------------------------------------------
+    def projector_rows(self, inputs: Tensor) -> Tensor:
+        """The projector's input as [V, N, C]: one row per visual token that it will yield."""
+        return inputs
+
+    def projector_input(self, rows: Tensor, stock: Tensor) -> Tensor:
+        """Rows [.., k, C] in the form that the projector takes; ``stock`` is the input it would have got."""
+        return rows
+
+    def projector_output(self, table: Tensor) -> Tensor:
+        """[V, N, C'] in the form that the outer model expects from the projector."""
+        return table
+
+    # language model ---------------------------------------------------------------------------------------------
+    def rotary(self, hidden: Tensor, positions: LongTensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables (cos, sin), [B, S, d] each."""
+        return self.language_model.rotary_emb(hidden, position_ids=positions)
+
+    def layer_positions(self, positions: LongTensor) -> LongTensor:
+        """``position_ids`` as the decoder's layers get them."""
+        return positions
+
+    def follow(self, kwargs: dict[str, Any], index: LongTensor) -> None:
+        """Gather further per-token arguments of the language model by ``index`` [B, S'], in place."""
+
+    # geometry ---------------------------------------------------------------------------------------------------
+    #: methods of :attr:`inner` that turn pixels into features
+    doors: ClassVar[tuple[str, ...]] = ("get_image_features",)
+
+    def geometry(self, given: dict[str, Any]) -> Layout:
+        """Layout (not placed) of the images in one call of a door, whose arguments are ``given`` by name."""
+        raise NotImplementedError
+
+    def pixels(self, given: dict[str, Any]) -> Tensor | None:
+        """The pixels in one call of a door."""
+        return given.get("pixel_values")
+
+    def brings_images(self, given: dict[str, Any]) -> bool:
+        """Whether a call of :attr:`inner` brings pixels or ready-made features."""
+        return given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
+
+    def placeholders(self, given: dict[str, Any]) -> Tensor:
+        """[B, S] bool: columns of the chunk that hold image placeholders, in one call of :attr:`inner`."""
+        token = self.model.config.image_token_id
+        ids = given.get("input_ids")
+        if ids is not None:
+            return ids == token
+        embeds = given["inputs_embeds"]
+        return (embeds == self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
+
+    # support ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def supports(cls, method: type[Method]) -> tuple[bool, str]:
+        """Whether a method's stages are served here, and if not, why."""
+        for stage in Stage:
+            if stage in method.stages and stage in cls.refused:
+                return False, cls.refused[stage]
+        return True, ""
+
+    def check_method(self, method: Method) -> None:
+        """Raise ``ValueError`` when this model cannot serve ``method``."""
+        works, reason = self.supports(type(method))
+        if not works:
+            raise ValueError(f"'{method.name}' does not work on '{self.model_type}': {reason}.")
+        if method.stages & {Stage.PREFILL, Stage.CACHE}:
+            if getattr(self.text_config, "sliding_window", None) and "sliding_attention" in (
+                getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
+            ):
+                raise ValueError(
+                    f"'{method.name}' drops tokens inside the language model, but this one has sliding-window layers "
+                    "whose cache cannot give up entries; use a method that finishes before it (vtc-cls, grid, ...)."
+                )
+            implementation = self.text_config._attn_implementation
+            if implementation == "flex_attention":
+                raise ValueError(
+                    f"'{method.name}' gives every decoder layer its own mask, which flex attention cannot take; load "
+                    "the model with attn_implementation='sdpa'."
+                )
+
+
+def raster_layout(images: int, grid: tuple[int, int], device: torch.device, *, kind: str = "image") -> Layout:
+    """Layout of ``images`` images that are one view of ``grid`` (rows, columns) tokens each, in raster order."""
+    per_image = grid[0] * grid[1]
+    cell = torch.arange(per_image, device=device).expand(images, -1)
+    view = torch.arange(images, device=device)
+    return Layout(
+        n=[per_image] * images,
+        grid=[grid] * images,
+        kind=[kind] * images,
+        view=view[:, None].expand(-1, per_image),
+        cell=cell,
+        row=cell // grid[1],
+        col=cell % grid[1],
+        valid=torch.ones_like(cell, dtype=torch.bool),
+        view_image=view,
+        view_grid=grid,
+    )

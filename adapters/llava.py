@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5: one square view per image, CLIP (or SigLIP) tower, two-layer projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..registry import register_adapter
+from ..tokens import Layout
+from .base import Adapter, raster_layout
+
+
+@register_adapter("llava")
+class LlavaAdapter(Adapter):
+    """``LlavaForConditionalGeneration`` with any text model that has LLaMA's layer structure."""
+
+    def geometry(self, given: dict[str, Any]) -> Layout:
+        pixels, config = given["pixel_values"], self.tower.config
+        side = config.image_size // config.patch_size
+        return raster_layout(len(pixels), (side, side), pixels.device)
+
+    def check_method(self, method) -> None:
+        super().check_method(method)
+        if self.model.config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "This LLaVA feeds the CLS token to the language model (vision_feature_select_strategy='full'), which "
+                "compression does not handle; 'default' works."
+            )

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baselines that every table shows, one file each. Importing the package registers all of them."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

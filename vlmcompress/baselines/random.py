@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random choice: the first baseline that a method has to beat."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..method import Method, Stage, check_keep
+from ..ops.select import top_indices
+from ..registry import register_method
+from ..views import EntryTokens, Selection
+
+
+@register_method("random")
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep tokens drawn uniformly without replacement.
+
+    The draw depends on ``seed`` and on the image's own pixels, so an image gets the same tokens alone and in any batch.
+
+    Args:
+        keep: visual tokens per image, or their share.
+        seed: of the draw; tables report at least three.
+    """
+
+    keep: int | float = 64
+    seed: int = 0
+
+    summary: ClassVar[str] = "tokens drawn at random (seeded per image)"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
+
+    def validate(self) -> None:
+        check_keep(self.keep)
+
+    def entry(self, tokens: EntryTokens, state: dict) -> Selection:
+        layout, counts = tokens.layout, tokens.budgets(self.keep)
+        scores = torch.full(layout.cell.shape, float("-inf"))
+        for image, n in enumerate(layout.n):
+            generator = torch.Generator().manual_seed(self.seed + (self._digest(tokens, image) << 16))
+            scores[image, :n] = torch.rand(n, generator=generator)
+        return Selection(top_indices(scores.to(layout.cell.device), counts), counts)
+
+    @staticmethod
+    def _digest(tokens: EntryTokens, image: int) -> int:
+        """Number that identifies the image's pixels."""
+        if tokens.pixel_values is None:
+            return 0
+        mine = (tokens.layout.view_image == image).to(tokens.pixel_values.device)
+        if tokens.pixel_values.shape[0] != len(mine):
+            return 0
+        return zlib.crc32(tokens.pixel_values[mine].float().cpu().numpy().tobytes())

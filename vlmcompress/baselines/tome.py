@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging inside the vision tower. Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..method import Method, Stage, check_keep
+from ..ops.merge import bipartite_merge
+from ..registry import register_method
+from ..views import TowerEdit, TowerLayer
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+
+
+@register_method("tome")
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merge the most similar patches behind every vision layer up to the feature layer, down to ``keep`` per view.
+
+    Patches are split alternately in two sets; each of the first finds its most similar partner in the second by the
+    cosine of the head-averaged keys, and the closest pairs are averaged, weighted by how many patches they stand for
+    (section 3 of the paper). Later attention adds the log of that size ("proportional attention").
+
+    Differs from the paper: merging happens behind a block instead of between its attention and its MLP, since stock
+    blocks have no seam there; the CLS token never merges.
+
+    Args:
+        keep: visual tokens per image, or their share.
+        proportional: weigh merged tokens by their size in later attention.
+    """
+
+    keep: int | float = 64
+    proportional: bool = True
+
+    summary: ClassVar[str] = "similar patches merged inside the vision tower"
+    paper: ClassVar[str] = "arXiv 2210.09461"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER})
+
+    def validate(self) -> None:
+        check_keep(self.keep)
+
+    def tower_layers(self, adapter: Adapter) -> Collection[int]:
+        return range(adapter.feature_layer + 1)
+
+    def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
+        target = min(layer.budgets(self.keep))
+        if layer.n <= target:
+            return None
+        left = state.setdefault("left", layer.feature_layer + 1)
+        state["left"] = left - 1
+        # an even share of what is still to go; the last layers take the rest, half of the patches at most
+        amount = min(layer.n // 2, -(-(layer.n - target) // max(1, left)))
+        size = state.get("size")
+        size = torch.ones(layer.ids.shape, device=layer.hidden.device) if size is None else size
+        metric = layer.k[:, :, layer.prefix :].float().mean(1)
+        keep, owner, rows, size = bipartite_merge(metric, layer.patches, size, amount)
+        state["size"] = size
+        state["flops"] = state.get("flops", 0) + metric.numel() * layer.n
+        bias = size.log() if self.proportional else None
+        return TowerEdit(keep, hidden=rows, owner=owner, bias=bias)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows of a decoder layer, recomputed from its own projections for the few queries that a method asks about."""
+
+from __future__ import annotations
+
+from torch import LongTensor, Tensor, nn
+
+from ..ops.rope import rotate
+from ..ops.scores import causal_attention_rows
+
+
+def _heads(attention: nn.Module, projected: Tensor, norm: str) -> Tensor:
+    """[B, R, H·d] → [B, H, R, d], through the per-head norm of models that have one."""
+    x = projected.view(*projected.shape[:-1], -1, attention.head_dim)
+    if hasattr(attention, norm):
+        x = getattr(attention, norm)(x)
+    return x.transpose(1, 2)
+
+
+def queries(layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, H, R, d] rotated queries of ``hidden`` [B, R, D] at the rotary tables ``embeddings`` ([B, R, d] each)."""
+    attention = layer.self_attn
+    return rotate(_heads(attention, attention.q_proj(layer.input_layernorm(hidden)), "q_norm"), *embeddings)
+
+
+def keys(layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, H_kv, S, d] rotated keys of ``hidden`` [B, S, D]."""
+    attention = layer.self_attn
+    return rotate(_heads(attention, attention.k_proj(layer.input_layernorm(hidden)), "k_norm"), *embeddings)
+
+
+def values(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """[B, H_kv, S, d] values of ``hidden`` [B, S, D]."""
+    attention = layer.self_attn
+    x = attention.v_proj(layer.input_layernorm(hidden))
+    return x.view(*x.shape[:-1], -1, attention.head_dim).transpose(1, 2)
+
+
+def rows_of(
+    layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor], rows: LongTensor, valid: Tensor | None,
+    cached_keys: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[B, H, R, S] fp32 attention of the slots ``rows`` [B, R] (-1: padding) over what they causally see.
+
+    ``hidden`` [B, S, D]: what the layer's input norm reads; ``cached_keys``: the layer's rotated keys of these S slots
+    where a cache holds them already.
+    """
+    at = rows.clamp_min(0)[..., None]
+    picked = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
+    tables = tuple(t.expand(len(hidden), -1, -1).gather(1, at.expand(-1, -1, t.shape[-1])) for t in embeddings)
+    k = keys(layer, hidden, embeddings) if cached_keys is None else cached_keys
+    return causal_attention_rows(queries(layer, picked, tables), k, rows, layer.self_attn.scaling, valid)

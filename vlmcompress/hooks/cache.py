@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CACHE: layers of the key-value cache that may hold fewer entries than the sequence has tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import LongTensor, Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..tokens import Frame
+
+
+class _Logical:
+    """What both kinds of layer add to their stock parents.
+
+    The layer reports the *logical* length, as if nothing had left, so that generation, second turns and default
+    positions stay right. ``dropped``: logical minus stored length. ``valid`` [B, 1 or H_kv, n] or None: real entries.
+    ``shift`` [B] or None: what the position policy takes off the position of every later token. ``refuse_crop``: reason
+    why the last entries cannot be taken back, or None.
+    """
+
+    def start_books(self) -> None:
+        self.dropped: int = 0
+        self.valid: Tensor | None = None
+        self.shift: LongTensor | None = None
+        self.refuse_crop: str | None = None
+
+    def commit(self, frame: Frame, columns: int) -> None:
+        """Enter in the books that ``columns`` tokens of the caller came in as the slots of ``frame``."""
+        slots = frame.index.shape[1]
+        self.dropped += columns - slots
+        if frame.valid is not None:
+            if self.valid is None:
+                batch, _, length = self.keys.shape[:3]
+                self.valid = torch.ones(batch, 1, length, dtype=torch.bool, device=self.keys.device)
+            self.valid = self.valid.clone()
+            self.valid[..., self.valid.shape[-1] - slots :] = frame.valid[:, None]
+        if frame.total_shift is not None:
+            self.shift = frame.total_shift if self.shift is None else self.shift + frame.total_shift
+
+    def _per_batch(self, pick) -> None:
+        self.valid = None if self.valid is None else pick(self.valid)
+        self.shift = None if self.shift is None else pick(self.shift)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if self.valid is not None:
+            self.valid = torch.nn.functional.pad(self.valid, (0, key_states.shape[-2]), value=True)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._per_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._per_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._per_batch(lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.refuse_crop is not None:
+            raise ValueError(self.refuse_crop)
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.valid is not None:
+            self.valid = self.valid[..., : -abs(tokens_to_remove)]
+
+    def reset(self) -> None:
+        super().reset()
+        self.start_books()
+
+
+class PrunableLayer(_Logical, DynamicLayer):
+    """A growing layer from which entries can be evicted."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.start_books()
+
+    @property
+    def stored(self) -> int:
+        """Entries held, per head."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + self.dropped
+
+    def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
+        return self.stored + query_length, self.dropped
+
+    def evict(self, keep: LongTensor, valid: Tensor | None) -> None:
+        """Keep the entries ``keep`` [B, 1 or H_kv, K]; ``valid`` of the same shape marks the real ones (None: all)."""
+        before, heads = self.stored, self.keys.shape[1]
+        spread = keep.expand(-1, heads, -1)
+        self.keys, self.values = (
+            x.gather(2, spread[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values)
+        )
+        if self.valid is not None:
+            old = self.valid.expand(-1, max(keep.shape[1], self.valid.shape[1]), -1)
+            kept = old.gather(2, keep.expand(-1, old.shape[1], -1))
+            valid = kept if valid is None else kept & valid
+        self.valid = valid
+        self.dropped += before - keep.shape[-1]
+
+
+class PrunableSlidingLayer(_Logical, DynamicSlidingWindowLayer):
+    """A sliding-window layer that knows of tokens which left before the language model; nothing is evicted from it."""
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.start_books()
+
+    @property
+    def stored(self) -> int:
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + self.dropped
+
+    def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length, *args)
+        return length, offset + self.dropped
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        result = super().update(key_states, value_states, *args, **kwargs)
+        if self.valid is not None:
+            self.valid = self.valid[..., self.valid.shape[-1] - self.stored :]
+        return result
+
+
+def manage(cache: Cache, n_layers: int) -> None:
+    """Put prunable layers into a stock dynamic cache, in place, taking over what it already holds.
+
+    Raises ``ValueError`` for caches whose entries cannot leave (static, quantized, ...).
+    """
+    check_cache(cache)
+    while len(cache.layers) < n_layers:
+        cache.layers.append(PrunableLayer())
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, _Logical):
+            continue
+        if type(layer) is DynamicSlidingWindowLayer:
+            new = PrunableSlidingLayer(layer.sliding_window)
+            new.cumulative_length, new.record_past = layer.cumulative_length, layer.record_past
+        else:
+            new = PrunableLayer()
+        if layer.is_initialized:
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+        cache.layers[index] = new
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise ``ValueError`` in one sentence for a cache that compression cannot work with."""
+    allowed = (DynamicLayer, DynamicSlidingWindowLayer, PrunableLayer, PrunableSlidingLayer)
+    if not isinstance(cache, DynamicCache) and type(cache) is not Cache:
+        raise ValueError(
+            f"Compression works on the default dynamic cache; {type(cache).__name__} cannot give up entries "
+            "(leave cache_implementation at its default)."
+        )
+    for layer in cache.layers:
+        if type(layer) not in allowed:
+            raise ValueError(
+                f"Compression works on dynamic cache layers; this cache holds {type(layer).__name__}, whose entries "
+                "cannot leave (leave cache_implementation at its default)."
+            )
+
+
+def managed(cache: Cache | None) -> bool:
+    """Whether compression has taken over this cache's layers."""
+    return cache is not None and bool(cache.layers) and isinstance(cache.layers[0], _Logical)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model's side: the frame that enters it, the cuts between its layers, and the way back to the caller's
+sequence length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor
+
+from ..tokens import Frame, pack
+from .cache import manage, managed
+from .masks import joined_mask
+from .run import Run, chunk_of
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache in a call's keywords: named ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, layerwise: bool) -> dict[str, Any] | None:
+    """Build the first frame and the language model's arguments for it; None leaves the stock call alone.
+
+    ``positions``: "original" or "contiguous" for the cut at ENTRY. ``layerwise``: methods act inside the decoder or on
+    its cache, so that layers may differ.
+    """
+    embeds, run.cache = kwargs["inputs_embeds"], cache_of(kwargs)
+    if run.layout is None and not managed(run.cache) and not layerwise:
+        return None
+    run.columns = embeds.shape[1]
+    attention_mask = kwargs.get("attention_mask")
+    run.chunk_valid = chunk_of(attention_mask, run.columns)
+    run.base_positions = _base_positions(kwargs.get("position_ids"), run, embeds)
+    run.frames = [_first_frame(run, embeds, positions, adapter.mrope)]
+    frame, dropping = run.frame, run.selection is not None
+    if run.cache is not None and (dropping or layerwise):
+        _take_over(run, adapter, attention_mask)
+    run.entry_positions = frame.positions
+    if not dropping and not managed(run.cache):
+        return None
+    kwargs = dict(kwargs)
+    if dropping:
+        kept = embeds.gather(1, frame.index[..., None].expand(-1, -1, embeds.shape[-1]))
+        # padding slots point at dropped columns, which hold NaN
+        kwargs["inputs_embeds"] = kept if frame.valid is None else kept.masked_fill(~frame.valid[..., None], 0)
+        adapter.follow(kwargs, frame.index)
+    kwargs["position_ids"] = run.entry_positions = shifted(frame.positions, _past_shift(run))
+    kwargs["attention_mask"] = _entry_mask(run, attention_mask, dropping)
+    return kwargs
+
+
+def _past_shift(run: Run) -> LongTensor | None:
+    return run.cache.layers[0].shift if managed(run.cache) else None
+
+
+def shifted(positions: LongTensor, shift: LongTensor | None) -> LongTensor:
+    """Positions [.., B, S] less what earlier chunks took off ([B])."""
+    return positions if shift is None else positions - shift[:, None]
+
+
+def _base_positions(position_ids: LongTensor | None, run: Run, embeds: Tensor) -> LongTensor:
+    """The caller's positions of this chunk, [B, S] or [axes, B, S]."""
+    batch, columns = embeds.shape[:2]
+    if position_ids is None:
+        seen = run.cache.get_seq_length() if run.cache is not None else 0
+        position_ids = torch.arange(seen, seen + columns, device=embeds.device)[None]
+    return position_ids.expand(*position_ids.shape[:-2], batch, columns)
+
+
+def _take_over(run: Run, adapter: Adapter, attention_mask: Tensor | None) -> None:
+    fresh = not managed(run.cache)
+    past = run.cache.get_seq_length() if fresh else 0
+    manage(run.cache, len(adapter.decoder_layers))
+    if fresh and past and attention_mask is not None:
+        for layer in run.cache.layers:
+            layer.valid = attention_mask[:, :past].bool()[:, None, past - layer.stored :]
+
+
+def _entry_mask(run: Run, attention_mask: Tensor | None, dropping: bool) -> Tensor | None:
+    """The 2-D mask for the stock mask builder."""
+    frame = run.frame
+    batch, slots = frame.index.shape
+    past, past_valid, offset = 0, None, 0
+    if managed(run.cache) and run.cache.get_seq_length():
+        layer = run.cache.layers[0]
+        past, offset = layer.stored, layer.dropped
+        if hasattr(layer, "sliding_window"):
+            offset += layer.cumulative_length - past
+        past_valid = None if layer.valid is None else layer.valid[:, 0]
+    elif not dropping:
+        return attention_mask
+    mask = joined_mask(past, past_valid, frame.valid, offset, (batch, slots, frame.index.device))
+    if mask is None and run.cache is None:
+        # gaps in the positions would be taken for packed sequences if there were neither mask nor cache
+        mask = torch.ones(batch, slots, dtype=torch.bool, device=frame.index.device)
+    return mask
+
+
+def _first_frame(run: Run, embeds: Tensor, positions: str, mrope: bool) -> Frame:
+    batch, columns = embeds.shape[:2]
+    device, base = embeds.device, run.base_positions
+    assert base is not None
+    here = torch.arange(columns, device=device).expand(batch, -1)
+    image = torch.full((batch, columns), -1, dtype=torch.long, device=device)
+    layout, selection = run.layout, run.selection
+    if layout is None:
+        return Frame(here, run.chunk_valid if columns > 1 else None, image, [], base, here[:0, 0])
+    rows = layout.batch_index.expand_as(layout.column)
+    numbers = torch.arange(len(layout), device=device)[:, None].expand_as(rows)
+    image[rows[layout.valid], layout.column[layout.valid]] = numbers[layout.valid]
+    if selection is None:
+        return Frame(here, run.chunk_valid, image, list(layout.n), base, rows[:, 0])
+
+    count = torch.tensor(selection.counts, device=device)[:, None]
+    real = torch.arange(selection.keep.shape[1], device=device) < count
+    fed = layout.column.gather(1, selection.keep)  # [I, k_max] columns in feeding order
+    real_rows = rows[:, :1].expand_as(fed)[real]
+    keep = image < 0
+    if run.chunk_valid is not None:
+        keep = keep & run.chunk_valid
+    keep[real_rows, fed[real]] = True
+    # the j-th fed token takes the place of the j-th kept column
+    order = fed.masked_fill(~real, columns).sort(dim=1).values
+    rank = here + 1
+    rank = rank.clone()
+    rank[real_rows, fed[real]] = order[real] + 1
+    lengths = keep.sum(1)
+    longest = int(lengths.max())
+    index, valid = pack(keep, longest, rank)
+    ragged = bool((lengths != longest).any())
+    in_place, _ = pack(keep, longest)
+    dropped = (image >= 0) & ~keep
+    if positions == "original":
+        new, total = _pick(base, index), None
+    else:
+        new, total = _pick(contiguous(base, dropped, keep, mrope), in_place), dropped.sum(1)
+        if mrope:
+            total = (base[0] - contiguous(base, dropped, keep, mrope)[0])[:, -1]
+    return Frame(
+        index, valid if ragged else None, image.gather(1, index), list(selection.counts), new, rows[:, 0], total
+    )
+
+
+def contiguous(positions: LongTensor, dropped: Tensor, keep: Tensor, mrope: bool) -> LongTensor:
+    """Close the gaps that ``dropped`` slots leave: [.., B, S] positions, meaningful where ``keep``."""
+    if not mrope:
+        return positions - (dropped.cumsum(1) - dropped.long())
+    start = positions[:, :, :1]
+    return start + (keep.cumsum(1) - 1).clamp_min(0)
+
+
+def _pick(positions: LongTensor, index: LongTensor) -> LongTensor:
+    return positions.gather(-1, index.expand(*positions.shape[:-1], -1))
+
+
+def cut(run: Run, mask: Tensor, counts: list[int], layer: int, positions: str, mrope: bool) -> Frame | None:
+    """The frame after a PREFILL cut behind decoder layer ``layer``; None when nothing leaves.
+
+    ``mask`` [B, S_f]: slots that go on; ``counts``: visual tokens that go on, per image.
+    """
+    frame = run.frame
+    if counts == frame.counts:
+        return None
+    layout = run.layout
+    assert layout is not None
+    keep = mask if frame.valid is None else mask & frame.valid
+    batch, slots = mask.shape
+    if frame.valid is None:
+        gone = [0] * batch
+        for sample, before, after in zip(layout.sample, frame.counts, counts, strict=True):
+            gone[sample] += before - after
+        lengths = [slots - g for g in gone]
+    else:
+        lengths = keep.sum(1).tolist()
+    longest = max(lengths)
+    select, valid = pack(keep, longest)
+    dropped = frame.visual & ~keep
+    if positions == "original":
+        new, total = _pick(frame.positions, select), frame.total_shift
+    else:
+        closed = contiguous(frame.positions, dropped, keep, mrope)
+        new = _pick(closed, select)
+        lost = dropped.sum(1) if not mrope else (frame.positions[0] - closed[0])[:, -1]
+        total = lost if frame.total_shift is None else frame.total_shift + lost
+    ragged = len(set(lengths)) > 1
+    return Frame(
+        frame.index.gather(1, select), valid if ragged else None, frame.image.gather(1, select), list(counts), new,
+        frame.image_row, total, first_layer=layer + 1,
+    )  # fmt: skip
+
+
+def restore_length(run: Run, hidden: Tensor) -> Tensor:
+    """[B, S_f, D] of the last frame → [B, S, D] of the caller's chunk, zeros where tokens left."""
+    frame = run.frame
+    if frame.valid is not None:
+        hidden = hidden.masked_fill(~frame.valid[..., None], 0)
+    out = hidden.new_zeros(hidden.shape[0], run.columns, hidden.shape[2])
+    return out.scatter(1, frame.index[..., None].expand_as(hidden), hidden)
+
+
+def dropped_columns(run: Run) -> Tensor:
+    """[B, S] bool: columns of the caller's chunk whose output is zero because their visual token left."""
+    frame = run.frame
+    out = torch.zeros(frame.index.shape[0], run.columns, dtype=torch.bool, device=frame.index.device)
+    layout = run.layout
+    assert layout is not None
+    rows = layout.batch_index.expand_as(layout.column)
+    out[rows[layout.valid], layout.column[layout.valid]] = True
+    alive = torch.zeros_like(out).scatter(1, frame.index, frame.visual)
+    return out & ~alive

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ENTRY: ask the method which visual tokens go in, project only those, and put them where the outer model expects them.
+
+The outer model goes on as if nothing had happened: the projector's output has its usual shape, with NaN in the places
+of dropped tokens, and the caller's ``input_ids`` keep their length. The hook on the language model leaves those places
+out; NaN, so that features which reach a language model without that hook cannot pass for an image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from ..tokens import NEWLINE, Layout, Selection
+from ..views import EntryTokens
+from .run import TowerState, Vision
+from .tower import places
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+    from ..method import Method
+
+
+def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
+    """Hook the projector for one forward pass: choose in front of it, scatter behind it."""
+
+    def pre(module: nn.Module, args: tuple):
+        rows = adapter.projector_rows(args[0])
+        vision.features = rows
+        if not adapter.tokenwise_projector:
+            return None
+        choose(vision, methods, adapter)
+        if vision.selection is None:
+            return None
+        picked = vision.selection.features
+        if picked is None:
+            view, place = _places_of(vision)
+            picked = rows[view.clamp_min(0), place.clamp_min(0)]
+        return (adapter.projector_input(picked.to(rows.dtype), args[0]), *args[1:])
+
+    def post(module: nn.Module, args: tuple, output: Tensor):
+        if vision.selection is None or not adapter.tokenwise_projector:
+            return None
+        return adapter.projector_output(_scatter(vision, output))
+
+    vision.handles.append(adapter.projector.register_forward_pre_hook(pre))
+    vision.handles.append(adapter.projector.register_forward_hook(post))
+
+
+def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
+    """Fill ``vision.selection``: what the tower left, or what an ENTRY method picks; None when all tokens go in."""
+    if vision.selected:
+        return
+    vision.selected = True
+    layout, tower = vision.layout, vision.tower
+    selection: Selection | None = None
+    if tower is not None and tower.edited:
+        selection = from_tower(layout, tower)
+    elif vision.features is not None:
+        tokens = EntryTokens(layout, layout.of_views(vision.features), vision.pixel_values)
+        for method in methods:
+            selection = method.entry(tokens, vision.state(method)) or selection
+    elif methods:
+        raise ValueError(
+            "The vision tower did not run in this forward pass (were image features passed in ready-made?); "
+            "pass pixel_values so that the method can choose among their tokens."
+        )
+    if selection is not None and selection.features is None and selection.counts == layout.n:
+        in_order = torch.arange(selection.keep.shape[1], device=selection.keep.device)
+        if torch.equal(selection.keep.masked_fill(~layout.valid, 0), (in_order * layout.valid)):
+            selection = None
+    vision.selection = selection
+
+
+def from_tower(layout: Layout, tower: TowerState) -> Selection:
+    """The tokens whose patches the tower let through, in the tower's order where an image is one view."""
+    cells = layout.view_grid[0] * layout.view_grid[1]
+    one_view = layout.view.shape[1] == cells and len(layout.view_image) == len(layout)
+    if one_view and all(n == cells for n in layout.n):
+        counts = [tower.ids.shape[1]] * len(layout) if tower.valid is None else tower.valid.sum(1).tolist()
+        return Selection(tower.ids, counts, owner=tower.owner)
+    alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=tower.ids.device)
+    present = torch.ones_like(tower.ids, dtype=torch.bool) if tower.valid is None else tower.valid
+    alive.scatter_(1, tower.ids, present)
+    return from_mask(layout, keep_newlines(layout, layout.of_views(alive, fill=False)))
+
+
+def from_mask(layout: Layout, mask: Tensor) -> Selection:
+    """Selection of the tokens marked in ``mask`` [I, n_max], in raster order."""
+    mask = mask & layout.valid
+    counts = mask.sum(1).tolist()
+    keep = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(counts, default=0)]
+    return Selection(keep, counts)
+
+
+def keep_newlines(layout: Layout, mask: Tensor) -> Tensor:
+    """Add to ``mask`` [I, n_max] the newline of every row of the picture in which a token is kept."""
+    newline = (layout.cell == NEWLINE) & layout.valid
+    if not bool(newline.any()):
+        return mask
+    rows = max(h for h, _ in layout.grid)
+    row = layout.row.clamp(0, rows)
+    occupied = torch.zeros(len(layout), rows + 1, dtype=torch.int32, device=mask.device)
+    occupied.scatter_add_(1, row, (mask & ~newline).int())
+    return mask | (newline & occupied.gather(1, row).bool())
+
+
+def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
+    """View and row of the projector's input for every selected token, [I, k_max] each (-1: no patch)."""
+    layout, selection, tower = vision.layout, vision.selection, vision.tower
+    assert selection is not None
+    view = layout.view.gather(1, selection.keep)
+    cell = layout.cell.gather(1, selection.keep)
+    if tower is not None and tower.edited:
+        table = places(tower.ids, tower.cells)
+        cell = table[view.clamp_min(0), cell.clamp_min(0)].masked_fill(cell < 0, -1)
+    return view, cell
+
+
+def _scatter(vision: Vision, output: Tensor) -> Tensor:
+    """[.., k, C'] projected tokens → [V, N, C'] with NaN in the dropped places."""
+    layout, selection = vision.layout, vision.selection
+    assert selection is not None
+    views, cells = len(layout.view_image), layout.view_grid[0] * layout.view_grid[1]
+    view = layout.view.gather(1, selection.keep)
+    cell = layout.cell.gather(1, selection.keep)
+    number = torch.tensor(selection.counts, device=view.device)[:, None]
+    real = (torch.arange(view.shape[1], device=view.device) < number) & (cell >= 0)
+    # padding and newlines land in one spare row behind the table
+    target = torch.where(real, view * cells + cell, views * cells).flatten()
+    flat = output.reshape(-1, output.shape[-1])
+    table = flat.new_full((views * cells + 1, flat.shape[-1]), float("nan")).index_copy(0, target, flat)
+    return table[:-1].view(views, cells, -1)

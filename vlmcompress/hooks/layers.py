@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PREFILL and CACHE: hooks on the decoder's layers, there only while a method acts inside the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor
+
+from ..views import CacheLayer, PrefillLayer
+from .attention import queries, rows_of, values
+from .cache import PrunableLayer, managed
+from .decoder import cut, shifted
+from .masks import layer_mask
+from ..ops.scores import causal_attention_rows
+from .run import Run
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+    from ..method import Method
+
+CROP_REFUSED = (
+    "Assisted decoding takes back tokens from the cache, but a method has already used its drafts to choose what stays; "
+    "use a method that finishes before the language model (vtc-cls, grid, ...) or plain decoding."
+)
+
+
+def before_layer(run: Run, index: int, hidden: Tensor, kwargs: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Give one layer the mask, positions and rotary tables of the frame and the cache that it works on."""
+    frame = run.frame
+    store = run.cache.layers[index] if managed(run.cache) else None
+    if frame is not run.frames[0] or _uneven(run):
+        past = 0 if store is None else store.stored
+        past_valid = None if store is None else store.valid
+        shift = None if store is None else store.shift
+        key = (id(frame), past, id(past_valid), id(shift))
+        if key not in run.prepared:
+            positions = shifted(frame.positions, shift)
+            mask = layer_mask(past, past_valid, frame.valid, hidden, adapter.text_config)
+            # the tensors whose ids make up the key are kept with it, so that no id is used twice
+            run.prepared[key] = (mask, positions, adapter.rotary(hidden, positions), (past_valid, shift))
+        mask, positions, embeddings, _ = run.prepared[key]
+        kwargs = {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = adapter.layer_positions(positions)
+    run.layer_inputs[index] = (hidden, kwargs["position_embeddings"])
+    return kwargs
+
+
+def _uneven(run: Run) -> bool:
+    """Whether the cache's layers hold different entries, so that one mask and one set of positions cannot serve all."""
+    if "uneven" not in run.prepared:
+        run.prepared["uneven"] = managed(run.cache) and (
+            len({(layer.stored, id(layer.valid), id(layer.shift)) for layer in run.cache.layers}) > 1
+            or (run.cache.layers[0].valid is not None and run.cache.layers[0].valid.shape[1] > 1)
+        )
+    return run.prepared["uneven"]
+
+
+def after_layer(
+    run: Run, index: int, hidden: Tensor, prefill: list[Method], cachers: list[Method], adapter: Adapter,
+    policies: Mapping[int, str],
+) -> Tensor | None:  # fmt: skip
+    """Let the methods act behind one layer; returns the shortened states, or None when nothing left."""
+    inputs, embeddings = run.layer_inputs.pop(index)
+    frame = run.frame
+    if managed(run.cache):
+        store = run.cache.layers[index]
+        store.commit(frame, run.columns)
+        run.committed.add(index)
+        store.refuse_crop = CROP_REFUSED
+        for method in cachers:
+            _evict(run, index, inputs, embeddings, method, adapter)
+    if run.layout is None:
+        return None
+    shortened = None
+    for method in prefill:
+        view = _prefill_view(run, index, hidden, inputs, embeddings, adapter)
+        answer = method.prefill(view, run.state(method))
+        if answer is None:
+            continue
+        frame = cut(run, answer.mask, answer.counts, index, policies[id(method)], adapter.mrope)
+        if frame is None:
+            continue
+        hidden = shortened = _follow(hidden, run.frame.index, frame.index, run.columns)
+        run.frames.append(frame)
+    return shortened
+
+
+def _follow(hidden: Tensor, before: LongTensor, after: LongTensor, columns: int) -> Tensor:
+    """Gather the states of slots ``before`` [B, S] (caller's columns) that stand in ``after`` [B, S']."""
+    slot = torch.arange(before.shape[1], device=before.device).expand_as(before)
+    where = torch.zeros(len(before), columns, dtype=torch.long, device=before.device).scatter(1, before, slot)
+    return hidden.gather(1, where.gather(1, after)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddings, adapter: Adapter) -> PrefillLayer:
+    frame, layers = run.frame, adapter.decoder_layers
+
+    def attention(rows: LongTensor, following: bool) -> Tensor:
+        if following:
+            return rows_of(layers[index + 1], hidden, embeddings, rows, frame.valid)
+        cached = None
+        if managed(run.cache):
+            stored = run.cache.layers[index].keys
+            if stored.shape[2] == inputs.shape[1]:
+                cached = stored
+        return rows_of(layers[index], inputs, embeddings, rows, frame.valid, cached)
+
+    assert run.layout is not None
+    return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, lambda: values(layers[index], inputs))
+
+
+def _evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adapter: Adapter) -> None:
+    store, frame = run.cache.layers[index], run.frame
+    if not isinstance(store, PrunableLayer):
+        return
+    new = inputs.shape[1]
+    layer = adapter.decoder_layers[index]
+
+    def attention(rows: LongTensor) -> Tensor:
+        at = rows.clamp_min(0)[..., None]
+        picked = inputs.gather(1, at.expand(-1, -1, inputs.shape[-1]))
+        tables = tuple(t.expand(len(inputs), -1, -1).gather(1, at.expand(-1, -1, t.shape[-1])) for t in embeddings)
+        seen_up_to = torch.where(rows < 0, -1, rows + store.stored - new)
+        valid = None if store.valid is None else store.valid[:, 0]
+        return causal_attention_rows(
+            queries(layer, picked, tables), store.keys, seen_up_to, layer.self_attn.scaling, valid
+        )
+
+    whole_prompt = store.stored == new
+    view = CacheLayer(
+        index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
+        new=new, prefill=run.layout is not None or new > 1, visual=frame.visual if whole_prompt else None,
+        _attention=attention,
+    )  # fmt: skip
+    eviction = method.cache(view, run.state(method))
+    if eviction is not None:
+        store.evict(eviction.keep, eviction.valid)

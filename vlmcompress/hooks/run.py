@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State of one forward pass, from the caller's arguments to the ledger."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor
+
+from ..tokens import Frame, Layout, Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from ..method import Method
+
+#: keyword under which a run travels through the decoder's layers, so that a re-run of a layer finds its own run
+RUN_KEYWORD = "vlmcompress_run"
+
+
+@dataclass
+class TowerState:
+    """What the tower's hooks know: which original cell every present patch stands for."""
+
+    ids: LongTensor  # [V, n]
+    cells: int  # N
+    valid: Tensor | None = None  # [V, n]
+    owner: LongTensor | None = None  # [V, N] place of every original cell among the present ones, -1 dropped
+    bias: Tensor | None = None  # [V, n] added to attention logits per key
+    edited: bool = False
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Vision:
+    """One pass through the vision tower and the projector, which may happen before the language model's prompt is known.
+
+    ``layout`` is not placed yet; ``features`` [V, n, C] are the projector's input rows.
+    """
+
+    layout: Layout
+    pixel_values: Tensor | None = None
+    tower: TowerState | None = None
+    features: Tensor | None = None
+    selection: Selection | None = None
+    selected: bool = False
+    states: dict[int, dict] = field(default_factory=lambda: defaultdict(dict))
+    handles: list[Any] = field(default_factory=list)
+
+    def state(self, method: Method) -> dict:
+        """The dict that ``method`` owns during one forward pass, from the tower to the cache.
+
+        Two keys have a meaning for everybody: ``"scores"`` [I, n_max], the ranking shown in heat maps, and ``"flops"``,
+        the floating-point operations that the method itself has added.
+        """
+        return self.states[id(method)]
+
+    def release(self) -> None:
+        """Take off the hooks that live for this pass only."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+@dataclass
+class Run:
+    """One forward pass of the language model.
+
+    ``layout`` (placed) and ``vision`` are None when the pass brings no new image. ``chunk_valid`` [B, S]: real tokens of
+    the caller's chunk, None for all.
+    """
+
+    layout: Layout | None = None
+    vision: Vision | None = None
+    selection: Selection | None = None
+    states: dict[int, dict] = field(default_factory=lambda: defaultdict(dict))
+    frames: list[Frame] = field(default_factory=list)
+    columns: int = 0
+    chunk_valid: Tensor | None = None
+    base_positions: LongTensor | None = None
+    entry_positions: LongTensor | None = None
+    cache: Any = None
+    prepared: dict = field(default_factory=dict)
+    committed: set[int] = field(default_factory=set)
+    layer_inputs: dict[int, tuple] = field(default_factory=dict)
+    cache_lengths: list[int] | None = None
+
+    @classmethod
+    def of(cls, vision: Vision, placeholders: Tensor) -> Run:
+        """The run of a prompt with images that the tower has seen."""
+        layout = vision.layout.placed(placeholders)
+        selection = vision.selection.of(layout.source) if vision.selection is not None else None
+        return cls(layout, vision, selection, vision.states)
+
+    @property
+    def frame(self) -> Frame:
+        return self.frames[-1]
+
+    def state(self, method: Method) -> dict:
+        """See :meth:`Vision.state`."""
+        return self.states[id(method)]
+
+    def ledger(self, n_layers: int) -> VisualTokens:
+        assert self.layout is not None and self.vision is not None
+        states = self.states.values()
+        return VisualTokens(
+            layout=self.layout,
+            n_layers=n_layers,
+            frames=self.frames,
+            selection=self.selection,
+            scores=next((s["scores"] for s in states if s.get("scores") is not None), None),
+            tower_tokens=self.vision.tower.tokens if self.vision.tower else [],
+            positions=self.entry_positions,
+            compressor_flops=int(sum(s.get("flops", 0) for s in states)),
+            cache_lengths=self.cache_lengths,
+        )
+
+
+def chunk_of(attention_mask: Tensor | None, columns: int) -> Tensor | None:
+    """[B, columns] bool: the caller's mask for the new tokens; None where the caller gave none."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        raise ValueError(
+            "A compressed model needs the usual 2-D attention_mask [batch, tokens] (or none): "
+            "a ready-made 4-D or block mask cannot follow tokens that leave."
+        )
+    return attention_mask[:, attention_mask.shape[1] - columns :].bool()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TOWER: hooks on the vision layers, put on for one forward pass and only where a method wants them.
+
+Binding them per pass keeps decoding free of cost and finds the modules that are there now (LoRA-wrapped or quantised
+Linears included).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..views import TowerEdit, TowerLayer
+from .masks import require_mask_support
+from .run import TowerState, Vision
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+    from ..method import Method
+
+
+def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
+    """Hook the vision layers that ``methods`` ask for; ``vision.release()`` takes the hooks off."""
+    wanted = {m: frozenset(m.tower_layers(adapter)) for m in methods}
+    layers = adapter.tower_layers
+    views, cells = len(vision.layout.view_image), vision.layout.view_grid[0] * vision.layout.view_grid[1]
+    device = vision.layout.cell.device
+    vision.tower = TowerState(ids=torch.arange(cells, device=device).expand(views, -1), cells=cells)
+    vision.handles += _shrink_pixels(vision, methods, adapter)
+    for index, block in enumerate(layers):
+        callers = [m for m in methods if index in wanted[m]]
+        vision.handles += _hook_layer(vision, index, block, callers, adapter)
+
+
+def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> list:
+    """Resize what the tower sees, where a method asks for a smaller patch grid."""
+    grid = vision.layout.view_grid
+    targets = [t for m in methods if (t := m.resolution(grid)) is not None and t != grid]
+    if not targets:
+        return []
+    rows, cols = targets[0]
+
+    def pre(module: nn.Module, args: tuple, kwargs: dict):
+        args, kwargs = adapter.shrink_pixels(args, kwargs, (rows, cols))
+        # every small patch stands for the cell under its centre
+        row = ((torch.arange(rows) * 2 + 1) * grid[0]) // (2 * rows)
+        col = ((torch.arange(cols) * 2 + 1) * grid[1]) // (2 * cols)
+        assert vision.tower is not None
+        ids = (row[:, None] * grid[1] + col).flatten().to(vision.tower.ids.device)
+        owner_row = (torch.arange(grid[0]) * rows) // grid[0]
+        owner_col = (torch.arange(grid[1]) * cols) // grid[1]
+        owner = (owner_row[:, None] * cols + owner_col).flatten().to(ids.device)
+        views = vision.tower.ids.shape[0]
+        vision.tower.ids, vision.tower.owner = ids.expand(views, -1), owner.expand(views, -1)
+        vision.tower.edited = True
+        return args, kwargs
+
+    return [adapter.tower.register_forward_pre_hook(pre, with_kwargs=True)]
+
+
+def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Method], adapter: Adapter) -> list:
+    taps: dict[str, Tensor] = {}
+    hooks = [block.register_forward_pre_hook(lambda m, a, k: _before(vision, adapter, a, k), with_kwargs=True)]
+    if callers:
+        for name, module in adapter.tower_projections(index).items():
+            hooks.append(module.register_forward_hook(_tap(taps, name)))
+
+        def after(module: nn.Module, args: tuple, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = _call(vision, index, hidden, adapter.split_qkv(index, taps), callers, adapter)
+            taps.clear()
+            if edited is None:
+                return None
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        # in front of other hooks, so that recorded hidden states are those that go on
+        hooks.append(block.register_forward_hook(after, prepend=True))
+    return hooks
+
+
+def _tap(taps: dict[str, Tensor], name: str):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        taps[name] = output
+
+    return hook
+
+
+def _before(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
+    """Count the tokens and pass on the key bias of padded or merged patches."""
+    tower = vision.tower
+    assert tower is not None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tower.tokens.append(hidden.shape[0] * hidden.shape[1])
+    bias = _key_bias(tower, adapter.tower_prefix)
+    if bias is None:
+        return None
+    require_mask_support(adapter.tower.config)
+    mask = bias[:, None, None, :].clamp_min(torch.finfo(hidden.dtype).min).to(hidden.dtype)
+    if len(args) > 1:
+        return (args[0], mask, *args[2:]), kwargs
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def _key_bias(tower: TowerState, prefix: int) -> Tensor | None:
+    """[V, prefix + n] additive key bias in fp32, or None."""
+    if tower.bias is None and tower.valid is None:
+        return None
+    bias = torch.zeros_like(tower.ids, dtype=torch.float32) if tower.bias is None else tower.bias
+    if tower.valid is not None:
+        bias = bias.masked_fill(~tower.valid, torch.finfo(torch.float32).min)
+    return torch.nn.functional.pad(bias, (prefix, 0))
+
+
+def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method], adapter: Adapter) -> Tensor | None:
+    tower, edited = vision.tower, False
+    assert tower is not None
+    prefix = adapter.tower_prefix
+    for method in callers:
+        q, k, v = qkv
+        layer = TowerLayer(
+            index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden, q=q, k=k, v=v, scale=adapter.tower_scale,
+            prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
+            bias=_key_bias(tower, prefix), layout=vision.layout,
+        )  # fmt: skip
+        edit = method.tower(layer, vision.state(method))
+        if edit is not None:
+            hidden = _apply(tower, edit, hidden, prefix)
+            edited = True
+    return hidden if edited else None
+
+
+def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> Tensor:
+    """Shorten the states and move the books along."""
+    keep = edit.keep
+    rows = edit.hidden
+    if rows is None:
+        patches = hidden[:, prefix:]
+        rows = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
+    if edit.owner is not None or tower.owner is not None:
+        before = tower.owner if tower.owner is not None else places(tower.ids, tower.cells)
+        local = edit.owner if edit.owner is not None else places(keep, tower.ids.shape[1])
+        tower.owner = local.gather(1, before.clamp_min(0)).masked_fill(before < 0, -1)
+    tower.ids = tower.ids.gather(1, keep)
+    tower.valid = edit.valid
+    tower.bias = (
+        edit.bias if edit.bias is not None else (tower.bias.gather(1, keep) if tower.bias is not None else None)
+    )
+    tower.edited = True
+    return torch.cat([hidden[:, :prefix], rows.to(hidden.dtype)], dim=1)
+
+
+def places(ids: Tensor, width: int) -> Tensor:
+    """[V, width] place in ``ids`` [V, n] of every number below ``width``, -1 where it does not occur."""
+    order = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.full((len(ids), width), -1, dtype=torch.long, device=ids.device).scatter(1, ids, order)

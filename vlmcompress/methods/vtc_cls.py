@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VTC-CLS: keep the patches that the tower's CLS token attends to, summed over its last layers.
+
+Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..method import Method, Stage, check_keep
+from ..ops.scores import received_attention
+from ..ops.select import top_indices
+from ..registry import register_method
+from ..views import EntryTokens, Selection, TowerLayer
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+
+
+@register_method("vtc-cls")
+@dataclass(frozen=True)
+class VtcCls(Method):
+    """Top-k patches by CLS attention, summed over the ``layers`` vision layers that end at the feature layer.
+
+    Section 3 of the paper. Per layer the attention row of the CLS query is softmaxed over all keys (CLS included), its
+    CLS column dropped without renormalising, and averaged over heads; layers are then summed. Survivors enter in raster
+    order.
+
+    Differs from the official code: the row is recomputed in fp32 from the layer's own projections instead of forcing
+    eager attention; batches are scored per image (the official head mean runs over the batch); ties go to the lowest
+    index. Towers without a CLS token use the attention each patch receives (our extension, not in the paper).
+
+    Args:
+        keep: visual tokens per image, or their share.
+        layers: size of the ensemble, K; the paper's tables use 3.
+        start_layer: first layer of the ensemble instead of ``layers``, as in the official command line; a negative one
+            counts from the end of the tower.
+    """
+
+    keep: int | float = 64
+    layers: int = 3
+    start_layer: int | None = None
+
+    summary: ClassVar[str] = "patches the CLS token attends to, summed over the last vision layers"
+    paper: ClassVar[str] = "arXiv 2412.05819"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
+
+    def validate(self) -> None:
+        check_keep(self.keep)
+        if self.layers < 1:
+            raise ValueError(f"layers is the number of vision layers to sum, at least 1, not {self.layers}.")
+
+    def check_family(self, adapter: Adapter) -> None:
+        if not self.tower_layers(adapter):
+            raise ValueError(
+                f"start_layer {self.start_layer} lies behind layer {adapter.feature_layer}, whose output is used."
+            )
+
+    def tower_layers(self, adapter: Adapter) -> Collection[int]:
+        top = adapter.feature_layer
+        if self.start_layer is None:
+            start = max(0, top - self.layers + 1)
+        else:
+            start = self.start_layer if self.start_layer >= 0 else len(adapter.tower_layers) + self.start_layer
+        return range(max(0, start), top + 1)
+
+    def tower(self, layer: TowerLayer, state: dict) -> None:
+        if layer.has_cls:
+            row = layer.cls_row()
+            work = 4 * layer.n * layer.q.shape[1] * layer.q.shape[-1] * len(row)
+        else:
+            row = received_attention(layer.q, layer.k, layer.scale, layer.bias)
+            work = 2 * layer.n**2 * layer.q.shape[1] * layer.q.shape[-1] * len(row)
+        state["sum"] = row if "sum" not in state else state["sum"] + row
+        state["flops"] = state.get("flops", 0) + work
+
+    def entry(self, tokens: EntryTokens, state: dict) -> Selection:
+        state["scores"] = tokens.of_views(state.pop("sum"), fill=float("-inf"))
+        counts = tokens.budgets(self.keep)
+        return Selection(top_indices(state["scores"], counts), counts)

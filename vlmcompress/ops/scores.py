@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows without attention maps: one query against all keys, in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_row(query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Softmax of one query per head over all keys.
+
+    Args:
+        query: [B, H, d].
+        keys: [B, H, n, d].
+        scale: factor on the logits (``d ** -0.5`` in the usual attention).
+        bias: [B, n] added to the logits of every head (padding, merged sizes), or None.
+
+    Returns:
+        [B, H, n] fp32; rows sum to one.
+    """
+    logits = torch.einsum("bhd,bhnd->bhn", query.float() * scale, keys.float())
+    if bias is not None:
+        logits = logits + bias[:, None].float()
+    return logits.softmax(-1)
+
+
+def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
+    """Softmax of selected query rows over the keys that they may see.
+
+    Args:
+        query: [B, H, R, d], the queries of the slots ``rows``.
+        keys: [B, H_kv, S, d]; each serves ``H / H_kv`` query heads.
+        rows: [B, R] slot of every query, -1 for padding.
+        scale: factor on the logits.
+        valid: [B, S] real slots, or None for all.
+
+    Returns:
+        [B, H, R, S] fp32; a padding row is all zeros.
+    """
+    batch, heads, count, dim = query.shape
+    groups = keys.shape[1]
+    grouped = (query.float() * scale).view(batch, groups, heads // groups, count, dim)
+    logits = torch.einsum("bgrqd,bgsd->bgrqs", grouped, keys.float()).reshape(batch, heads, count, -1)
+    seen = torch.arange(keys.shape[2], device=keys.device) <= rows[..., None]
+    if valid is not None:
+        seen = seen & valid[:, None]
+    probabilities = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    return probabilities.masked_fill(~seen[:, None], 0.0)
+
+
+def received_attention(
+    query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None, chunk: int = 256
+) -> Tensor:
+    """Attention that each key receives: mean over heads and over all queries, in row chunks.
+
+    Args:
+        query, keys: [B, H, n, d].
+        scale: factor on the logits.
+        bias: [B, n] added to the logits of every key, or None.
+        chunk: query rows at a time; memory is B · H · chunk · n floats.
+
+    Returns:
+        [B, n] fp32.
+    """
+    total = torch.zeros(keys.shape[0], keys.shape[2], device=keys.device)
+    for rows in query.float().split(chunk, dim=2):
+        logits = (rows * scale) @ keys.float().mT
+        if bias is not None:
+            logits = logits + bias[:, None, None].float()
+        total += logits.softmax(-1).sum(dim=2).mean(dim=1)
+    return total / query.shape[2]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing indices: deterministic top-k with ragged budgets, even grids, apportionment."""
+
+from __future__ import annotations
+
+import torch
+from torch import LongTensor, Tensor
+
+
+def top_indices(scores: Tensor, counts: list[int]) -> LongTensor:
+    """Indices of the ``counts[i]`` largest scores of each row, ascending; ties go to the lowest index.
+
+    Args:
+        scores: [I, n]; put ``-inf`` where nothing may be chosen.
+        counts: how many to take from each row.
+
+    Returns:
+        [I, max(counts)]; row i holds ``counts[i]`` indices and is padded behind with the row's next best ones.
+    """
+    width = max(counts, default=0)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :width]
+    if all(c == width for c in counts):
+        return order.sort(dim=1).values
+    number = torch.tensor(counts, device=scores.device)[:, None]
+    surplus = torch.arange(width, device=scores.device) >= number
+    # sort the chosen ones among themselves and leave the padding behind them
+    key = order + surplus * scores.shape[1]
+    return order.gather(1, key.argsort(dim=1, stable=True))
+
+
+def top_mask(scores: Tensor, counts: list[int]) -> Tensor:
+    """[I, n] bool mask of the ``counts[i]`` largest scores of each row; ties go to the lowest index."""
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    return rank < torch.tensor(counts, device=scores.device)[:, None]
+
+
+def even_indices(n: int, k: int) -> LongTensor:
+    """``k`` indices spread evenly over ``range(n)``: the centres of k equal bins, ascending and unique for k ≤ n."""
+    return ((torch.arange(k) * 2 + 1) * n).div(2 * k, rounding_mode="floor")
+
+
+def fit_grid(k: int, rows: int, cols: int) -> tuple[int, int]:
+    """Rectangle (h, w) with h ≤ rows, w ≤ cols and at most ``k`` cells, nearest to k, then to the aspect of the grid.
+
+    Rectangles more than twice as elongated as the grid are only taken when nothing else fits.
+    """
+    aspect = cols / rows
+    best, best_key = (1, 1), (-1.0, 0.0)
+    for h in range(1, min(rows, k) + 1):
+        w = min(cols, k // h)
+        skew = abs(torch.log(torch.tensor((w / h) / aspect)).item())
+        fill = h * w / k
+        key = (fill if skew <= 0.7 else fill - 1.0, -skew)
+        if key > best_key:
+            best, best_key = (h, w), key
+    return best
+
+
+def largest_remainder(shares: list[float], total: int, caps: list[int]) -> list[int]:
+    """Split ``total`` in proportion to ``shares`` into whole numbers that add up to it exactly.
+
+    ``caps[j]`` bounds part j; what a full part cannot take goes to the others. Raises ``ValueError`` when the caps
+    cannot hold ``total``.
+    """
+    if total > sum(caps):
+        raise ValueError(f"{total} tokens do not fit into parts that hold {sum(caps)}.")
+    result = [0] * len(shares)
+    left = total
+    while left > 0:
+        open_parts = [j for j in range(len(shares)) if result[j] < caps[j]]
+        weight = sum(shares[j] for j in open_parts)
+        ideal = {j: (left * shares[j] / weight if weight > 0 else left / len(open_parts)) for j in open_parts}
+        given = {j: min(int(ideal[j]), caps[j] - result[j]) for j in open_parts}
+        if not any(given.values()):
+            for j in sorted(open_parts, key=lambda j: (-(ideal[j] - int(ideal[j])), j))[:left]:
+                given[j] = 1
+        for j, amount in given.items():
+            result[j] += amount
+        left = total - sum(result)
+    return result

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: where every visual token of one forward pass came from and how far it travelled.
+
+:class:`Layout` is the geometry of the images as the uncompressed model would feed them. :class:`VisualTokens` adds what
+compression left alive at each decoder layer. Reports, FLOPs, KV bytes, heat maps and tests read these two; nothing
+counts tokens a second way. All tensors stay on the model's device until somebody reads a property.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import LongTensor, Tensor
+
+#: value of ``Layout.cell`` for tokens that no vision patch produced (``image_newline`` embeddings)
+NEWLINE = -1
+
+
+@dataclass
+class Layout:
+    """Geometry of ``I`` images (or videos), padded to the longest (``n_max`` tokens).
+
+    ``n[i]`` visual tokens, ``grid[i]`` (rows, columns) of the picture they form, ``kind[i]`` "image" or "video".
+    ``view`` and ``cell`` [I, n_max]: the crop or frame of each token (index along the tower's batch) and the row of the
+    projector's output in it; ``cell`` is ``NEWLINE`` for tokens without a patch. ``row``, ``col``: place in ``grid``
+    (frames of a video are stacked as further rows). ``valid`` marks the tokens that exist. ``view_image`` [V]: the image
+    that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells.
+
+    A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
+    position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
+    (beams share one).
+    """
+
+    n: list[int]
+    grid: list[tuple[int, int]]
+    kind: list[str]
+    view: LongTensor
+    cell: LongTensor
+    row: LongTensor
+    col: LongTensor
+    valid: Tensor
+    view_image: LongTensor
+    view_grid: tuple[int, int]
+    sample: list[int] = field(default_factory=list)
+    column: LongTensor = None  # type: ignore[assignment]
+    source: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    @property
+    def batch_index(self) -> LongTensor:
+        """[I, 1] batch row of each image, on the layout's device."""
+        return torch.tensor(self.sample, device=self.cell.device)[:, None]
+
+    def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
+        """Bring a value per view and cell, [V, N, ...], into image order, [I, n_max, ...]; ``fill`` where no patch is."""
+        picked = per_cell[self.view.clamp_min(0), self.cell.clamp_min(0)]
+        gone = (self.cell < 0) | ~self.valid
+        return picked.masked_fill(gone.reshape(*gone.shape, *[1] * (picked.ndim - 2)), fill)
+
+    def placed(self, placeholders: Tensor) -> Layout:
+        """This layout in the prompt whose placeholders are ``placeholders`` [B, S] bool.
+
+        Images follow each other in reading order; where the batch was expanded (beams, several answers) every copy of
+        a row gets its row's images. Raises ``ValueError`` when placeholders and tokens do not match in number.
+        """
+        per_row = placeholders.sum(1).tolist()
+        total, found = sum(self.n), sum(per_row)
+        copies = found // total
+        if not copies or found % total or len(per_row) % copies:
+            raise ValueError(
+                f"The prompt has {found} image placeholders, but its images make {total} visual tokens; build the prompt "
+                "with the model's processor and feed it in one piece."
+            )
+        source: list[int] = []
+        sample: list[int] = []
+        start = end = 0
+        for row, wanted in enumerate(per_row):
+            if row % copies == 0:
+                start = end
+                while sum(self.n[start:end]) < wanted and end < len(self):
+                    end += 1
+            if sum(self.n[start:end]) != wanted:
+                raise ValueError(
+                    f"Row {row} of the batch has {wanted} image placeholders, which is no whole number of images."
+                )
+            source += range(start, end)
+            sample += [row] * (end - start)
+        pick = torch.tensor(source, device=self.cell.device)
+        n = [self.n[i] for i in source]
+        columns = placeholders.nonzero()[:, 1].split(n)
+        return Layout(
+            n, [self.grid[i] for i in source], [self.kind[i] for i in source], self.view[pick], self.cell[pick],
+            self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
+            torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
+        )  # fmt: skip
+
+
+@dataclass
+class Selection:
+    """Visual tokens that enter the language model.
+
+    ``keep`` [I, k_max]: indices into each image's tokens **in feeding order**, padded; ``counts[i]`` of them are real.
+    ``features`` [I, k_max, C] replaces the gathered projector inputs where tokens were merged or pooled.
+    ``owner`` [I, n_max]: for every original token the place in ``keep`` that took it in, -1 if it was dropped; only
+    merging methods give it.
+    """
+
+    keep: LongTensor
+    counts: list[int]
+    features: Tensor | None = None
+    owner: LongTensor | None = None
+
+    def of(self, source: list[int]) -> Selection:
+        """The same choice for the images ``source``, in that order."""
+        pick = torch.tensor(source, device=self.keep.device)
+        owner = None if self.owner is None else self.owner[pick]
+        return Selection(self.keep[pick], [self.counts[i] for i in source], owner=owner)
+
+
+@dataclass
+class Frame:
+    """The sequence as one range of decoder layers sees it.
+
+    ``index`` [B, S_f]: column of the caller's chunk in each slot; ``valid`` [B, S_f] or None when no slot is padding;
+    ``image`` [B, S_f]: index of the image that the slot belongs to, -1 for text; ``counts[i]``: visual tokens of image
+    i alive here; ``positions`` [B, S_f] or [axes, B, S_f]: position id of each slot, before what earlier chunks on the
+    same cache take off; ``total_shift`` [B]: what this chunk takes off the positions of everything after it;
+    ``image_row`` [I]: batch row of each image.
+    """
+
+    index: LongTensor
+    valid: Tensor | None
+    image: LongTensor
+    counts: list[int]
+    positions: LongTensor
+    image_row: LongTensor
+    total_shift: LongTensor | None = None
+    first_layer: int = 0
+
+    @property
+    def visual(self) -> Tensor:
+        """[B, S_f] bool: real visual tokens."""
+        seen = self.image >= 0
+        return seen if self.valid is None else seen & self.valid
+
+    @property
+    def text(self) -> Tensor:
+        """[B, S_f] bool: real text tokens."""
+        text = self.image < 0
+        return text if self.valid is None else text & self.valid
+
+    @property
+    def last(self) -> LongTensor:
+        """[B] slot of the last real token of each sample."""
+        length = self.index.shape[1]
+        if self.valid is None:
+            return torch.full((len(self.index),), length - 1, device=self.index.device)
+        return length - 1 - self.valid.flip(1).int().argmax(1)
+
+    def slots(self) -> tuple[LongTensor, Tensor]:
+        """Slot of every alive visual token per image: ([I, c_max] ascending slots, [I, c_max] valid)."""
+        images = torch.arange(len(self.counts), device=self.image.device)
+        rows = self.image_row
+        mine = self.image[rows] == images[:, None]
+        if self.valid is not None:
+            mine &= self.valid[rows]
+        width = max(self.counts, default=0)
+        order = mine.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        return order, mine.gather(1, order)
+
+
+def pack(keep: Tensor, length: int, rank: LongTensor | None = None) -> tuple[LongTensor, Tensor]:
+    """Flush the kept slots of every row to the right.
+
+    ``keep`` [B, S] bool; ``length``: the largest number kept in a row; ``rank`` [B, S] orders the kept slots (default:
+    as they stand). Returns ``index`` [B, length], each row's slots all different, and ``valid`` [B, length]. Slots that
+    are padding point at dropped ones, so that scattering by ``index`` never hits a kept one twice.
+    """
+    if rank is None:
+        rank = torch.arange(1, keep.shape[1] + 1, device=keep.device).expand_as(keep)
+    index = rank.masked_fill(~keep, 0).argsort(dim=1, stable=True)[:, keep.shape[1] - length :]
+    return index, keep.gather(1, index)
+
+
+class ImageRecord:
+    """What became of the visual tokens of one image or video."""
+
+    def __init__(self, ledger: VisualTokens, image: int):
+        self._ledger, self._image = ledger, image
+        layout = ledger.layout
+        self.n_original: int = layout.n[image]
+        self.grid: tuple[int, int] = layout.grid[image]
+        self.kind: str = layout.kind[image]
+
+    def _table(self, name: str) -> LongTensor:
+        return getattr(self._ledger.layout, name)[self._image, : self.n_original].cpu()
+
+    @property
+    def rows(self) -> LongTensor:
+        """[n_original] row of each token in ``grid``."""
+        return self._table("row")
+
+    @property
+    def cols(self) -> LongTensor:
+        """[n_original] column of each token in ``grid`` (a newline token stands after the last column)."""
+        return self._table("col")
+
+    @property
+    def views(self) -> LongTensor:
+        """[n_original] crop or frame of each token, counted within this forward pass."""
+        return self._table("view")
+
+    @property
+    def is_newline(self) -> Tensor:
+        """[n_original] bool: tokens that no patch produced."""
+        return self._table("cell") == NEWLINE
+
+    @property
+    def kept(self) -> LongTensor:
+        """Sorted indices of the tokens that entered the language model."""
+        return self.kept_at(0)
+
+    def kept_at(self, layer: int) -> LongTensor:
+        """Sorted indices of the tokens that decoder layer ``layer`` (0-based) processed."""
+        frame = self._ledger.frame_at(layer)
+        row = self._ledger.layout.sample[self._image]
+        alive = frame.index[row][(frame.image[row] == self._image) & frame.visual[row]]
+        columns = self._ledger.layout.column[self._image, : self.n_original]
+        return torch.isin(columns, alive).nonzero()[:, 0].cpu()
+
+    @property
+    def sources(self) -> list[LongTensor]:
+        """For each entry of ``kept``: the original tokens that it stands for (itself alone where nothing was merged)."""
+        selection = self._ledger.selection
+        if selection is None or selection.owner is None:
+            return [k[None] for k in self.kept]
+        order = selection.keep[self._image, : selection.counts[self._image]].cpu()
+        owner = selection.owner[self._image, : self.n_original].cpu()
+        return [(owner == int(place)).nonzero()[:, 0] for place in order.argsort()]
+
+    def scores(self) -> Tensor | None:
+        """[n_original] fp32 score by which the method ranked the tokens at ENTRY, if it published one."""
+        scores = self._ledger.scores
+        if scores is None:
+            return None
+        return scores[self._ledger.layout.source[self._image], : self.n_original].float().cpu()
+
+
+class SampleRecord:
+    """One row of the batch: its images and how many tokens of either kind it held."""
+
+    def __init__(self, ledger: VisualTokens, row: int):
+        self._ledger, self._row = ledger, row
+        self.images = [ImageRecord(ledger, i) for i, s in enumerate(ledger.layout.sample) if s == row]
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens of the prompt, padding not counted."""
+        return int(self._ledger.frames[0].text[self._row].sum())
+
+    @property
+    def layer_tokens(self) -> list[int]:
+        """Visual tokens that each decoder layer processed."""
+        return self._ledger._visual_by_layer(self._row)
+
+
+@dataclass
+class VisualTokens:
+    """Record of one prefill: the single source of every number about visual tokens.
+
+    ``frames`` are ordered by their first decoder layer; ``selection`` is what ENTRY chose (None: all), ``scores`` its
+    published ranking. ``tower_tokens[l]``: tokens, CLS included, that vision layer l processed, summed over views.
+    ``positions``: position ids that entered the language model, [B, S'] or [axes, B, S'] for M-RoPE.
+    ``compressor_flops``: floating-point operations that the methods themselves added, summed over the batch.
+    """
+
+    layout: Layout
+    n_layers: int
+    frames: list[Frame]
+    selection: Selection | None = None
+    scores: Tensor | None = None
+    tower_tokens: list[int] = field(default_factory=list)
+    positions: LongTensor | None = None
+    compressor_flops: int = 0
+    #: entries of each decoder layer's cache after the prefill, per head where heads differ; None without a cache
+    cache_lengths: list[int] | None = None
+
+    def frame_at(self, layer: int) -> Frame:
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"This model has decoder layers 0 to {self.n_layers - 1}; there is no layer {layer}.")
+        return [f for f in self.frames if f.first_layer <= layer][-1]
+
+    @property
+    def samples(self) -> list[SampleRecord]:
+        return [SampleRecord(self, row) for row in range(len(self.frames[0].index))]
+
+    @property
+    def layer_tokens(self) -> list[int]:
+        """Visual tokens that each decoder layer processed, summed over the batch."""
+        return self._visual_by_layer(slice(None))
+
+    def _visual_by_layer(self, rows) -> list[int]:
+        counts = {id(f): int(f.visual[rows].sum()) for f in self.frames}
+        return [counts[id(self.frame_at(layer))] for layer in range(self.n_layers)]

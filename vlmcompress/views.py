@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method sees at each stage, and what it answers.
+
+Every view hides the model family: attention rows come out in fp32 whatever the model's dtype and attention back-end
+are, and no ``[heads, N, N]`` tensor is formed to get them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor, Tensor
+
+from .method import tokens_to_keep
+from .ops.scores import attention_row
+from .tokens import Frame, Layout, Selection
+
+__all__ = ["CacheLayer", "Cut", "EntryTokens", "Eviction", "PrefillLayer", "Selection", "TowerEdit", "TowerLayer"]
+
+
+# TOWER ----------------------------------------------------------------------------------------------------------
+@dataclass
+class TowerLayer:
+    """One vision layer that has just run on ``V`` views with ``prefix`` special tokens (CLS) and ``n`` patches each.
+
+    ``hidden`` [V, prefix + n, C]: its output. ``q``, ``k``, ``v`` [V, H, prefix + n, d]: its projections, as the
+    layer's own attention used them. ``ids`` [V, n]: original cell of every patch; ``valid`` [V, n] or None;
+    ``bias`` [V, prefix + n] or None: what is added to attention logits per key (padding, merged sizes).
+    """
+
+    index: int
+    depth: int
+    feature_layer: int
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    prefix: int
+    has_cls: bool
+    ids: LongTensor
+    valid: Tensor | None
+    bias: Tensor | None
+    layout: Layout
+
+    @property
+    def n(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def patches(self) -> Tensor:
+        """[V, n, C] output rows without the special tokens."""
+        return self.hidden[:, self.prefix :]
+
+    def cls_row(self) -> Tensor:
+        """[V, n] fp32: mean over heads of the softmax of the CLS query over all keys; the CLS column dropped."""
+        return attention_row(self.q[:, :, 0], self.k, self.scale, self.bias).mean(1)[:, self.prefix :]
+
+    def budgets(self, keep: int | float) -> list[int]:
+        """Tokens that each view may keep when ``keep`` is meant per image: its image's budget, split evenly."""
+        views = torch.bincount(self.layout.view_image, minlength=len(self.layout)).tolist()
+        cells = self.layout.view_grid[0] * self.layout.view_grid[1]
+        return [
+            max(1, tokens_to_keep(keep, views[i] * cells) // views[i]) for i in self.layout.view_image.tolist()
+        ]  # fmt: skip
+
+
+@dataclass
+class TowerEdit:
+    """The patches that go on to the next vision layer.
+
+    ``keep`` [V, n']: local indices in the order in which they go on (representatives where patches were merged);
+    ``hidden`` [V, n', C]: new rows, default the gathered ones; ``valid`` [V, n']; ``owner`` [V, n]: place in ``keep``
+    that took in each present patch (-1: dropped); ``bias`` [V, n']: added to the attention logits of these keys from
+    now on (log of merged sizes).
+    """
+
+    keep: LongTensor
+    hidden: Tensor | None = None
+    valid: Tensor | None = None
+    owner: LongTensor | None = None
+    bias: Tensor | None = None
+
+
+# ENTRY ----------------------------------------------------------------------------------------------------------
+@dataclass
+class EntryTokens:
+    """The visual tokens that wait at the door of the language model, ``I`` images padded to ``n_max`` tokens.
+
+    ``features`` [I, n_max, C]: projector inputs (zero where no patch stands); ``pixel_values``: what the tower saw.
+    """
+
+    layout: Layout
+    features: Tensor
+    pixel_values: Tensor | None
+
+    def budgets(self, keep: int | float) -> list[int]:
+        """Tokens that each image may keep."""
+        return [tokens_to_keep(keep, n) for n in self.layout.n]
+
+    def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
+        """[V, N, ...] per view and cell → [I, n_max, ...] in image order."""
+        return self.layout.of_views(per_cell, fill)
+
+
+# PREFILL --------------------------------------------------------------------------------------------------------
+@dataclass
+class PrefillLayer:
+    """One decoder layer that has just run on the prompt.
+
+    ``hidden`` [B, S_f, D]: its output; ``frame``: which token stands in which slot; ``layout``: geometry of the images.
+    """
+
+    index: int
+    depth: int
+    hidden: Tensor
+    frame: Frame
+    layout: Layout
+    _attention: Callable[[LongTensor, bool], Tensor]
+    _values: Callable[[], Tensor]
+
+    def attention(self, rows: LongTensor, *, following: bool = False) -> Tensor:
+        """[B, H, R, S_f] fp32 attention of the slots ``rows`` [B, R] over all causally visible keys of this layer.
+
+        ``following=True`` asks the next layer's projections, applied to this layer's output. Rows that are padding
+        (index -1) come out as zeros.
+        """
+        return self._attention(rows, following)
+
+    def values(self) -> Tensor:
+        """[B, H_kv, S_f, d] value states of this layer."""
+        return self._values()
+
+    def instruction_rows(self) -> LongTensor:
+        """[B, R] slots of the text after each sample's last visual token, ascending, padded with -1 in front.
+
+        A sample without such text falls back to all its text, then to its last token.
+        """
+        frame, length = self.frame, self.frame.index.shape[1]
+        slot = torch.arange(length, device=frame.index.device)
+        last_visual = torch.where(frame.visual, slot, -1).amax(1, keepdim=True)
+        rows = frame.text & (slot > last_visual)
+        rows = torch.where(rows.any(1, keepdim=True), rows, frame.text)
+        rows = torch.where(rows.any(1, keepdim=True), rows, slot == frame.last[:, None])
+        width = int(rows.sum(1).max())
+        order = rows.to(torch.uint8).argsort(dim=1, stable=True)[:, length - width :]
+        return order.masked_fill(~rows.gather(1, order), -1)
+
+    def of_images(self, per_slot: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, S_f] per slot → [I, c_max] per alive visual token of each image."""
+        slots, valid = self.frame.slots()
+        return per_slot[self.layout.batch_index, slots].masked_fill(~valid, fill)
+
+    def keep(self, chosen: Tensor, counts: list[int] | None = None) -> Cut:
+        """Cut that keeps ``chosen`` [I, c_max] (bool) of each image's alive tokens.
+
+        ``counts``: how many that is per image; without it the counts are read from the device.
+        """
+        slots, valid = self.frame.slots()
+        chosen = chosen & valid
+        mask = ~self.frame.visual
+        mask[self.layout.batch_index.expand_as(slots)[chosen], slots[chosen]] = True
+        return Cut(mask, counts if counts is not None else chosen.sum(1).tolist())
+
+
+@dataclass
+class Cut:
+    """``mask`` [B, S_f]: slots that go on (text must stay); ``counts[i]``: visual tokens of image i among them."""
+
+    mask: Tensor
+    counts: list[int]
+
+
+# CACHE ----------------------------------------------------------------------------------------------------------
+@dataclass
+class CacheLayer:
+    """Keys and values of one decoder layer after it has run on ``new`` further tokens.
+
+    ``keys``, ``values`` [B, H_kv, n, d]; ``valid`` [B, 1 or H_kv, n] or None; ``prefill``: the prompt was just run;
+    ``visual`` [B, n] bool or None: entries of visual tokens, known right after the prompt.
+    """
+
+    index: int
+    depth: int
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    new: int
+    prefill: bool
+    visual: Tensor | None
+    _attention: Callable[[LongTensor], Tensor]
+
+    def attention(self, rows: LongTensor) -> Tensor:
+        """[B, H, R, n] fp32 attention over all entries of the new tokens ``rows`` [B, R] (0 … new-1; -1: padding).
+
+        Ask for few rows at a time: all rows of a long prompt at once would be a [heads, N, N] tensor.
+        """
+        return self._attention(rows)
+
+
+@dataclass
+class Eviction:
+    """``keep`` [B, 1 or H_kv, K]: sorted entries that stay; ``valid`` of the same shape marks the real ones (None: all)."""
+
+    keep: LongTensor
+    valid: Tensor | None = None
