@@ -190,8 +190,12 @@ def decode_step(shape: ModelShape, entries: Sequence[float]) -> float:
 CONVENTIONS: dict[str, Callable[[ModelShape, Profile], float]] = {"macs": macs, "flops": flops, "full": full}
 
 
-def profiles(ledger: VisualTokens) -> list[Profile]:
-    """The token profile of every sample of one forward pass, read off the ledger."""
+def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
+    """The token profile of every sample of one forward pass, read off the ledger.
+
+    A ledger without ``tower_tokens`` stands for a tower that no method touched.
+    """
+    layers = ledger.tower_tokens or [len(ledger.layout.view_image) * shape.tower_tokens] * shape.tower.layers
     samples = ledger.samples
     owner_of_view = ledger.layout.view_image.tolist()
     views = [sum(ledger.layout.sample[i] == row for i in owner_of_view) for row in range(len(samples))]
@@ -199,13 +203,12 @@ def profiles(ledger: VisualTokens) -> list[Profile]:
     found = []
     for sample, mine in zip(samples, views, strict=True):
         entered = sum(int((~image.is_newline[image.kept]).sum()) for image in sample.images)
-        tower = tuple(n * mine / all_views for n in ledger.tower_tokens)
         found.append(
             Profile(
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
-                tower=tower,
-                views=mine if tower else 0,
+                tower=tuple(n * mine / all_views for n in layers) if mine else (),
+                views=mine,
                 projected=entered,
                 compressor=ledger.compressor_flops / len(samples),
             )
@@ -216,7 +219,7 @@ def profiles(ledger: VisualTokens) -> list[Profile]:
 def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """What the same samples cost when every token of theirs goes all the way."""
     found = []
-    for row, profile in enumerate(profiles(ledger)):
+    for row, profile in enumerate(profiles(shape, ledger)):
         images = ledger.samples[row].images
         n = sum(image.n_original for image in images)
         views = sum(ledger.layout.sample[i] == row for i in ledger.layout.view_image.tolist())

@@ -17,10 +17,12 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """Model in eval mode and processor of a local folder or a hub id.
 
-    Raises ``ValueError`` in one sentence for a missing folder, one without config, weights or processor, and a model
-    that reads no images.
+    Raises ``ValueError`` in one sentence for a missing folder, one without config, weights or processor, a model
+    that reads no images and a family without an adapter.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from ..catalog import families
 
     folder = Path(name)
     if folder.is_dir():
@@ -32,18 +34,26 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
         raise ValueError(f"There is no model folder '{name}'.")
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    # whatever libraries make of a damaged folder, the user gets one sentence, with their error as its cause
+    except Exception as error:
         raise ValueError(f"The configuration of '{name}' could not be read: {first_sentence(error)}") from error
     if getattr(config, "vision_config", None) is None:
         raise ValueError(
             f"'{name}' ({config.model_type}) is a text-only model; there are no visual tokens to compress."
+        )
+    if config.model_type not in families():
+        known = ", ".join(families())
+        raise ValueError(
+            f"'{name}' is of the family '{config.model_type}', which is not supported; supported: {known}."
         )
     if folder.is_dir() and not any((folder / file).is_file() for file in PROCESSOR_FILES):
         raise ValueError(f"The folder {folder} has no processor ({' or '.join(PROCESSOR_FILES)} is missing).")
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
         raise ValueError(f"'{name}' could not be loaded: {first_sentence(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"'{name}' has no complete processor: its tokenizer or its image processor is missing.")

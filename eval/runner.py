@@ -89,7 +89,7 @@ def _batch(
     size = model.dtype.itemsize
     lines = []
     for (task, sample), prediction, record, profile in zip(
-        batch, predictions, ledger.samples, counter.profiles(ledger), strict=True
+        batch, predictions, ledger.samples, counter.profiles(shape, ledger), strict=True
     ):
         entries = [n + profile.text for n in profile.visual]
         if ledger.cache_lengths is not None:

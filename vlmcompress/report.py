@@ -48,7 +48,7 @@ class Report:
         if ledger is None or not images:
             raise ValueError("There is nothing to report: no image has passed through the model since compress().")
         shape = counter.ModelShape.from_config(config)
-        after, before = counter.profiles(ledger), counter.uncompressed(shape, ledger)
+        after, before = counter.profiles(shape, ledger), counter.uncompressed(shape, ledger)
         size = _bytes_per_number(dtype or config.dtype)
         text = sum(sample.text_tokens for sample in samples)
         entries = [n + text for n in ledger.layer_tokens]
