@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 app = typer.Typer(
@@ -123,7 +122,7 @@ def explain(error: BaseException) -> str | None:
         return f"This needs the package {error.name.split('.')[0]}; install it with: pip install 'vlmcompress[{extra}]'"
     if isinstance(error, ImportError) and "vlmcompress[" in str(error):
         return str(error)
-    if isinstance(error, click.ClickException):
+    if hasattr(error, "format_message"):  # a usage error; typer brings a click of its own in some versions
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
@@ -134,9 +133,14 @@ def explain(error: BaseException) -> str | None:
 
 def main(args: Sequence[str] | None = None) -> Any:
     """Entry point of the script ``vlmcompress``."""
+    from transformers.utils import logging
+
+    # this process is ours: bars and advice of the libraries would hide the one sentence that matters
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         code = app(args, standalone_mode=False)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("Interrupted; everything finished is kept.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

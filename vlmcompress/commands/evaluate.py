@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class Settings:
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Run what ``settings.out`` does not hold yet, print the table, write report.json, report.md and frontier.png."""
+    # before hours are spent: the packages that the report needs at the very end
+    for package in ("matplotlib", "scipy"):
+        import_module(package)
     from ..eval import chart, results, table
     from ..eval.loading import fingerprint, load
     from ..eval.rows import STANDARD, parse_keep, plan

@@ -46,8 +46,10 @@ def answer_one(
 ) -> None:
     """Check everything cheap first, then load, answer, print the report and write the overlay."""
     from ..eval.loading import answer, encode, load, open_image
+    from ..method import create
 
     options = options_of(method, keep, pairs)
+    create(method, **options)
     if not question.strip():
         raise ValueError("The question is empty.")
     image = open_image(image_path)
