@@ -8,6 +8,9 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 
+torch.set_num_threads(1)  # two test processes share two cores
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A saved LLaVA with random weights, tokenizer and processor: 36 visual tokens at 48 px."""

@@ -4,10 +4,12 @@ sequence length."""
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import LongTensor, Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..tokens import Frame, pack
 from .cache import manage, managed
@@ -23,6 +25,21 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
+def cache_keyword(module: Any) -> str:
+    """The name that this version of transformers gives the cache argument of ``module.forward``."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _own_cache(kwargs: dict[str, Any], adapter: Adapter) -> Cache | None:
+    """The cache that the language model would make for itself in this call, made ahead so that it can be managed."""
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = adapter.text_config.use_cache
+    model = adapter.language_model
+    checkpointing = getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
+    return DynamicCache(config=adapter.text_config) if use_cache and not checkpointing else None
+
+
 def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, layerwise: bool) -> dict[str, Any] | None:
     """Build the first frame and the language model's arguments for it; None leaves the stock call alone.
 
@@ -32,6 +49,8 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     embeds, run.cache = kwargs["inputs_embeds"], cache_of(kwargs)
     if run.layout is None and not managed(run.cache) and not layerwise:
         return None
+    if run.cache is None and (run.layout is not None or layerwise):
+        run.cache = _own_cache(kwargs, adapter)
     run.columns = embeds.shape[1]
     attention_mask = kwargs.get("attention_mask")
     run.chunk_valid = chunk_of(attention_mask, run.columns)
@@ -44,6 +63,8 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     if not dropping and not managed(run.cache):
         return None
     kwargs = dict(kwargs)
+    if managed(run.cache):
+        kwargs[cache_keyword(adapter.language_model)] = run.cache
     if dropping:
         kept = embeds.gather(1, frame.index[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding slots point at dropped columns, which hold NaN
@@ -195,12 +216,23 @@ def cut(run: Run, mask: Tensor, counts: list[int], layer: int, positions: str, m
 
 
 def restore_length(run: Run, hidden: Tensor) -> Tensor:
-    """[B, S_f, D] of the last frame → [B, S, D] of the caller's chunk, zeros where tokens left."""
+    """[B, S_f, D] of the last frame → [B, S, D] of the caller's chunk, zeros where tokens left.
+
+    The caller's last real column always holds the state of the last token that stayed: where a prompt ends with an
+    image, the next token is predicted from there.
+    """
     frame = run.frame
+    batch = torch.arange(len(hidden), device=hidden.device)
+    newest = hidden[batch, frame.last]
     if frame.valid is not None:
         hidden = hidden.masked_fill(~frame.valid[..., None], 0)
     out = hidden.new_zeros(hidden.shape[0], run.columns, hidden.shape[2])
-    return out.scatter(1, frame.index[..., None].expand_as(hidden), hidden)
+    out = out.scatter(1, frame.index[..., None].expand_as(hidden), hidden)
+    if run.chunk_valid is None:
+        end = torch.full_like(batch, run.columns - 1)
+    else:
+        end = run.columns - 1 - run.chunk_valid.flip(1).int().argmax(1)
+    return out.index_put((batch, end), newest)
 
 
 def dropped_columns(run: Run) -> Tensor:
