@@ -21,7 +21,7 @@ def settings(folder: Path, steps: int, batch_size: int, learning_rate: float, se
     """Training arguments of one stage; ``more`` overrides any of them."""
     chosen = dict(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        seed=seed, data_seed=seed, bf16=fast_bf16(), warmup_steps=min(100, steps // 10), lr_scheduler_type="cosine",
+        seed=seed, data_seed=seed, bf16=fast_bf16(), warmup_steps=min(100, steps // 5), lr_scheduler_type="cosine",
         adam_beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, logging_steps=20, save_steps=200, save_total_limit=2,
         dataloader_num_workers=1, dataloader_persistent_workers=True, remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),

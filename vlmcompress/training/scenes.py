@@ -40,10 +40,10 @@ class SceneConfig:
     sizes: tuple[int, int] = (11, 23)
     objects: tuple[int, int] = (1, 6)
     max_repeats: int = 2
-    digit_share: float = 0.5
-    digit_sizes: tuple[int, int] = (14, 20)
+    digit_share: float = 0.6
+    digit_sizes: tuple[int, int] = (20, 28)
     label_share: float = 0.35
-    label_size: int = 20
+    label_size: int = 24
     plain_share: float = 0.15
     clutter: int = 10
 

@@ -20,7 +20,9 @@ from .runs import Measure, plot, settings, train
 from .scenes import SceneConfig
 from .tower import FEATURE_LAYER, TowerConfig, TowerWithHeads, measure_tower
 
-TOWER_SHARE = 0.5  # weight of the tower's own losses in stage 3
+TOWER_SHARE = 0.7  # weight of the tower's own losses in stage 3
+DIGIT_SHARE = 3.0  # and of the digit head among them: digits are learnt last
+SMALL_DIGITS = SceneConfig(digit_share=0.5, digit_sizes=(14, 20), label_size=20)
 VALIDATION_SEED = 77_000_000  # training scenes use the run's seed plus the stage, the test set its own (testset.py)
 
 
@@ -29,7 +31,8 @@ class Recipe:
     """Everything that decides the outcome, besides the machine."""
 
     seed: int = 0
-    scenes: SceneConfig = field(default_factory=SceneConfig)
+    early_scenes: SceneConfig = SMALL_DIGITS  # stages 1 and 2
+    scenes: SceneConfig = field(default_factory=SceneConfig)  # stage 3 and validation
     tower: TowerConfig = field(default_factory=TowerConfig)
     hidden_size: int = 160
     layers: int = 5
@@ -37,8 +40,9 @@ class Recipe:
     questions: int = 16
     tower_steps: int = 800
     tower_batch: int = 64
-    language_steps: int = 3000
-    joint_steps: int = 3000
+    language_steps: int = 800
+    easy_steps: int = 400
+    joint_steps: int = 900
     batch: int = 16
     easy_vqa_share: float = 0.2
     tower_rate: float = 1.5e-3
@@ -79,8 +83,8 @@ def train_tower(recipe: Recipe, folder: Path, processor, resume: bool) -> TowerW
         return model
     patch, collator = recipe.tower.patch_size, CaptionCollator(processor.tokenizer)
     length = recipe.tower_steps * recipe.tower_batch
-    dataset = CaptionDataset(recipe.seed + 1, length, recipe.scenes, patch)
-    validation = CaptionDataset(VALIDATION_SEED, 256, recipe.scenes, patch)
+    dataset = CaptionDataset(recipe.seed + 1, length, recipe.early_scenes, patch)
+    validation = CaptionDataset(VALIDATION_SEED, 256, recipe.early_scenes, patch)
     measure = Measure(lambda m: measure_tower(m, validation, collator), recipe.measure_every)
     args = settings(
         folder, recipe.tower_steps, recipe.tower_batch, recipe.tower_rate, recipe.seed,
@@ -126,12 +130,12 @@ class JointModel(nn.Module):
             inputs_embeds=embeds.masked_scatter(here, image.to(embeds.dtype)), attention_mask=attention_mask,
             position_ids=position_ids, labels=labels, use_cache=False,
         )  # fmt: skip
-        kept = self.tower.losses(seen, caption_ids, caption_mask, color, kind, digit)
+        kept = self.tower.losses(seen, caption_ids, caption_mask, color, kind, digit, DIGIT_SHARE)
         return {"loss": answer.loss + TOWER_SHARE * kept["loss"], "answer_loss": answer.loss.detach()}
 
 
 def train_language(recipe: Recipe, folder: Path, processor, model, tower: TowerWithHeads | None, resume: bool):
-    """Stage 2 (without ``tower``: frozen, easy scenes for the first third) or 3 (with it: all weights)."""
+    """Stage 2 (without ``tower``: frozen, easy scenes first) or 3 (with it: all weights)."""
     done = folder / "model"
     if resume and done.exists():
         return LlavaForConditionalGeneration.from_pretrained(done)
@@ -140,7 +144,8 @@ def train_language(recipe: Recipe, folder: Path, processor, model, tower: TowerW
     steps, rate = (recipe.joint_steps, recipe.joint_rate) if joint else (recipe.language_steps, recipe.language_rate)
     seed, length = recipe.seed + (3 if joint else 2), steps * recipe.batch
     dataset = QuestionDataset(
-        seed, length, recipe.scenes, recipe.questions, easy_until=0 if joint else length // 3,
+        seed, length, recipe.scenes if joint else recipe.early_scenes, recipe.questions,
+        easy_until=0 if joint else recipe.easy_steps * recipe.batch,
         easy_vqa=EasyVQA("train", processor.image_processor), easy_vqa_share=recipe.easy_vqa_share,
         patch=recipe.tower.patch_size if joint else 0,
     )  # fmt: skip
