@@ -16,7 +16,7 @@ from .adapters.base import Adapter, adapter_for
 from .hooks.cache import check_cache, managed
 from .hooks.decoder import cache_of, dropped_columns, enter, restore_length
 from .hooks.entry import choose, watch_projector
-from .hooks.layers import after_layer, before_layer
+from .hooks.layers import after_layer, before_layer, settle
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
 from .method import POSITIONS, Composition, Method, Stage, create
@@ -103,6 +103,7 @@ class Handle:
     def __init__(self, model: PreTrainedModel, adapter: Adapter, method: Composition, positions: str):
         self.model, self.adapter, self.method, self.positions = model, adapter, method, positions
         self._local = threading.local()
+        self._tower_lock = threading.Lock()
         self._last: VisualTokens | None = None
         self._before = method.at(Stage.TOWER, Stage.ENTRY)
         self._prefill = method.at(Stage.PREFILL)
@@ -240,13 +241,15 @@ class Handle:
             given = {**inspect.signature(stock).bind_partial(*args, **kwargs).arguments}
             given.update(given.pop("kwargs", {}))
             vision = Vision(self.adapter.geometry(given), pixel_values=self.adapter.pixels(given))
-            if self._before:
-                watch_tower(vision, self._before, self.adapter)
-                watch_projector(vision, self._before, self.adapter)
-            try:
-                result = stock(*args, **kwargs)
-            finally:
-                vision.release()
+            # hooks of one pass must not see another thread's images
+            with self._tower_lock:
+                try:
+                    if self._before:
+                        watch_tower(vision, self._before, self.adapter)
+                        watch_projector(vision, self._before, self.adapter)
+                    result = stock(*args, **kwargs)
+                finally:
+                    vision.release()
             self._local.vision = vision
             return result
 
@@ -319,6 +322,8 @@ class Handle:
             for index, layer in enumerate(run.cache.layers):
                 if index not in run.committed:
                     layer.commit(run.frame, run.columns)
+            if run.layout is not None:
+                settle(run, self._cache, self.adapter, self._policies)
             run.cache_lengths = [layer.stored for layer in run.cache.layers]
         if run.layout is not None:
             self._last = run.ledger(len(self.adapter.decoder_layers))

@@ -114,6 +114,13 @@ class Method:
         """Choose the cache entries of one decoder layer that stay; called after each forward of that layer."""
         return None
 
+    def settle(self, layer: CacheLayer, state: dict) -> Eviction | None:
+        """Like :meth:`cache`, but called once for every layer when a prompt with images has passed through all of them.
+
+        ``layer.reached`` then tells which entries belong to tokens that no cut took out; attention is not available.
+        """
+        return None
+
     def __add__(self, other: Method | Composition) -> Composition:
         return Composition.of(self, other)
 

@@ -120,13 +120,18 @@ class PrefillLayer:
     layout: Layout
     _attention: Callable[[LongTensor, bool], Tensor]
     _values: Callable[[], Tensor]
+    _cost: Callable[[LongTensor, bool], int]
+    #: floating-point operations that the calls of :meth:`attention` have taken so far
+    flops: int = 0
 
     def attention(self, rows: LongTensor, *, following: bool = False) -> Tensor:
         """[B, H, R, S_f] fp32 attention of the slots ``rows`` [B, R] over all causally visible keys of this layer.
 
         ``following=True`` asks the next layer's projections, applied to this layer's output. Rows that are padding
-        (index -1) come out as zeros.
+        (index -1) come out as zeros. Keys of earlier chunks on the same cache take part in the softmax, but have no
+        column.
         """
+        self.flops += self._cost(rows, following)
         return self._attention(rows, following)
 
     def values(self) -> Tensor:
@@ -152,6 +157,26 @@ class PrefillLayer:
         """[B, S_f] per slot → [I, c_max] per alive visual token of each image."""
         slots, valid = self.frame.slots()
         return per_slot[self.layout.batch_index, slots].masked_fill(~valid, fill)
+
+    def tokens(self) -> LongTensor:
+        """[I, c_max] number of every alive token among its image's original ones, in slot order; padding is 0."""
+        slots, valid = self.frame.slots()
+        columns = self.frame.index[self.layout.batch_index, slots]
+        table = self.layout.column.masked_fill(~self.layout.valid, torch.iinfo(torch.long).max)
+        return torch.searchsorted(table, columns).masked_fill(~valid, 0)
+
+    def ranking(self, per_token: Tensor) -> Tensor:
+        """[I, c_max] scores of alive tokens in the form of ``state["scores"]``, per original token of the tower's images.
+
+        Copies of one image (beams) rank alike, so the first one stands for all; tokens that are gone get ``-inf``.
+        """
+        _, valid = self.frame.slots()
+        source = self.layout.source
+        # padding lands in one spare column behind the tokens
+        width = self.layout.cell.shape[1]
+        table = per_token.new_full((len(source), width + 1), float("-inf"))
+        table.scatter_(1, self.tokens().masked_fill(~valid, width), per_token)
+        return table[[source.index(i) for i in range(max(source) + 1)], :width]
 
     def keep(self, chosen: Tensor, counts: list[int] | None = None) -> Cut:
         """Cut that keeps ``chosen`` [I, c_max] (bool) of each image's alive tokens.
@@ -179,7 +204,8 @@ class CacheLayer:
     """Keys and values of one decoder layer after it has run on ``new`` further tokens.
 
     ``keys``, ``values`` [B, H_kv, n, d]; ``valid`` [B, 1 or H_kv, n] or None; ``prefill``: the prompt was just run;
-    ``visual`` [B, n] bool or None: entries of visual tokens, known right after the prompt.
+    ``visual`` [B, n] bool or None: entries of visual tokens, known right after the prompt. ``reached`` [B, n] bool or
+    None: entries whose token went through to the last decoder layer, known to :meth:`Method.settle` only.
     """
 
     index: int
@@ -191,6 +217,7 @@ class CacheLayer:
     prefill: bool
     visual: Tensor | None
     _attention: Callable[[LongTensor], Tensor]
+    reached: Tensor | None = None
 
     def attention(self, rows: LongTensor) -> Tensor:
         """[B, H, R, n] fp32 attention over all entries of the new tokens ``rows`` [B, R] (0 … new-1; -1: padding).
@@ -202,7 +229,12 @@ class CacheLayer:
 
 @dataclass
 class Eviction:
-    """``keep`` [B, 1 or H_kv, K]: sorted entries that stay; ``valid`` of the same shape marks the real ones (None: all)."""
+    """``keep`` [B, 1 or H_kv, K]: sorted entries that stay; ``valid`` of the same shape marks the real ones (None: all).
+
+    ``shift`` [B]: how far later tokens move up in this layer's position ids, beyond what left before; only for methods
+    whose released code does so, and only followed under contiguous positions.
+    """
 
     keep: LongTensor
     valid: Tensor | None = None
+    shift: LongTensor | None = None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor
 
-from ..views import CacheLayer, PrefillLayer
-from .attention import queries, rows_of, values
+from ..views import CacheLayer, Eviction, PrefillLayer
+from .attention import queries, rows_cost, rows_of, values
 from .cache import PrunableLayer, managed
 from .decoder import cut, shifted
 from .masks import layer_mask
@@ -72,7 +72,7 @@ def after_layer(
         run.committed.add(index)
         store.refuse_crop = CROP_REFUSED
         for method in cachers:
-            _evict(run, index, inputs, embeddings, method, adapter)
+            _evict(run, index, inputs, embeddings, method, adapter, policies[id(method)])
     if run.layout is None:
         return None
     shortened = None
@@ -97,23 +97,70 @@ def _follow(hidden: Tensor, before: LongTensor, after: LongTensor, columns: int)
 
 
 def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddings, adapter: Adapter) -> PrefillLayer:
-    frame, layers = run.frame, adapter.decoder_layers
+    frame, layers, own = run.frame, adapter.decoder_layers, inputs.shape[1]
+
+    def cached_keys(following: bool) -> Tensor | None:
+        """Keys in the cache of this layer (those of the chunk last) or of the next (earlier chunks only)."""
+        if not managed(run.cache) or (index in run.evicted and not following):
+            return None
+        return run.cache.layers[index + following].keys
 
     def attention(rows: LongTensor, following: bool) -> Tensor:
-        if following:
-            return rows_of(layers[index + 1], hidden, embeddings, rows, frame.valid)
-        cached = None
-        if managed(run.cache):
-            stored = run.cache.layers[index].keys
-            if stored.shape[2] == inputs.shape[1]:
-                cached = stored
-        return rows_of(layers[index], inputs, embeddings, rows, frame.valid, cached)
+        layer, states = layers[index + following], hidden if following else inputs
+        stored, past, mine = cached_keys(following), None, None
+        if stored is not None and not following:
+            stored, mine = stored[:, :, :-own], stored[:, :, -own:]
+        if stored is not None and stored.ndim == 4 and stored.shape[2]:
+            real = run.cache.layers[index + following].valid
+            past = (stored, None if real is None else real[..., : stored.shape[2]].any(1))
+        return rows_of(layer, states, embeddings, rows, frame.valid, mine, past)
+
+    def cost(rows: LongTensor, following: bool) -> int:
+        return rows_cost(layers[index + following], inputs, rows, following or cached_keys(False) is None)
 
     assert run.layout is not None
-    return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, lambda: values(layers[index], inputs))
+    return PrefillLayer(
+        index, len(layers), hidden, frame, run.layout, attention, lambda: values(layers[index], inputs), cost
+    )
 
 
-def _evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adapter: Adapter) -> None:
+def settle(run: Run, cachers: list[Method], adapter: Adapter, policies: Mapping[int, str]) -> None:
+    """Let the methods evict once more when the whole prompt has passed through every layer."""
+    final = run.frame
+    real = torch.ones_like(final.index, dtype=torch.bool) if final.valid is None else final.valid
+    alive = torch.zeros(len(real), run.columns, dtype=torch.bool, device=real.device).scatter(1, final.index, real)
+    for index, store in enumerate(run.cache.layers):
+        if not isinstance(store, PrunableLayer) or index in run.evicted:
+            continue
+        frame = [f for f in run.frames if f.first_layer <= index][-1]
+        past = store.stored - frame.index.shape[1]
+        reached = alive.gather(1, frame.index)
+        if frame.valid is not None:
+            reached &= frame.valid
+        view = CacheLayer(
+            index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
+            new=frame.index.shape[1], prefill=True, visual=torch.nn.functional.pad(frame.visual, (past, 0)),
+            _attention=_no_attention, reached=torch.nn.functional.pad(reached, (past, 0), value=True),
+        )  # fmt: skip
+        for method in cachers:
+            _apply(run, index, method.settle(view, run.state(method)), policies[id(method)])
+
+
+def _no_attention(rows: LongTensor) -> Tensor:
+    raise ValueError("Attention rows can be asked for while a layer runs, not after the prompt.")
+
+
+def _apply(run: Run, index: int, eviction: Eviction | None, positions: str) -> None:
+    if eviction is None:
+        return
+    store = run.cache.layers[index]
+    store.evict(eviction.keep, eviction.valid)
+    run.evicted.add(index)
+    if eviction.shift is not None and positions == "contiguous":
+        store.shift = eviction.shift if store.shift is None else store.shift + eviction.shift
+
+
+def _evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adapter: Adapter, positions: str) -> None:
     store, frame = run.cache.layers[index], run.frame
     if not isinstance(store, PrunableLayer):
         return
@@ -136,6 +183,4 @@ def _evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, ada
         new=new, prefill=run.layout is not None or new > 1, visual=frame.visual if whole_prompt else None,
         _attention=attention,
     )  # fmt: skip
-    eviction = method.cache(view, run.state(method))
-    if eviction is not None:
-        store.evict(eviction.keep, eviction.valid)
+    _apply(run, index, method.cache(view, run.state(method)), positions)

@@ -83,6 +83,8 @@ class Run:
     cache: Any = None
     prepared: dict = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
+    #: layers whose cache has given up entries during this pass
+    evicted: set[int] = field(default_factory=set)
     layer_inputs: dict[int, tuple] = field(default_factory=dict)
     cache_lengths: list[int] | None = None
 
