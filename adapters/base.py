@@ -45,6 +45,8 @@ class Adapter:
     mrope: ClassVar[bool] = False
     #: every row of the projector's input becomes one row of its output, so that only the chosen rows need projecting
     tokenwise_projector: ClassVar[bool] = True
+    #: an image may come as several views whose number depends on its size
+    tiled: ClassVar[bool] = False
     #: stages that this family cannot serve, each with the reason
     refused: ClassVar[dict[Stage, str]] = {}
 

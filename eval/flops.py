@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
 GATED_TEXT = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+#: families of one plain tower per view and a projector of two linear layers
+LLAVA_LIKE = ("llava", "llava_next")
 #: vision towers whose layer is attention plus a plain feed-forward block of two matrices, with (1) or without (0) CLS
 PLAIN_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
@@ -70,8 +72,9 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
         """Read the shape off a Hugging Face config; ``ValueError`` for a family whose cost is not known here."""
-        if config.model_type != "llava":
-            raise ValueError(f"The FLOPs of the model family '{config.model_type}' are not known; 'llava' is.")
+        if config.model_type not in LLAVA_LIKE:
+            known = ", ".join(LLAVA_LIKE)
+            raise ValueError(f"The FLOPs of the model family '{config.model_type}' are not known: {known} are.")
         text, vision = config.text_config, config.vision_config
         if text.model_type not in GATED_TEXT:
             raise ValueError(
@@ -214,6 +217,15 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
             )
         )
     return found
+
+
+def cache_entries(ledger: VisualTokens) -> list[list[float]]:
+    """Real tokens (padding left out) that each decoder layer's cache holds after the prefill, for every sample."""
+    entries: list[list[float]] = [[n + sample.text_tokens for n in sample.layer_tokens] for sample in ledger.samples]
+    if ledger.cache_lengths is None:
+        return entries
+    # a CACHE method cut further: the stored length counts padding too, so it only ever lowers a sample's own number
+    return [[min(n, held) for n, held in zip(row, ledger.cache_lengths, strict=True)] for row in entries]
 
 
 def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:

@@ -27,6 +27,11 @@ class Layout:
     (frames of a video are stacked as further rows). ``valid`` marks the tokens that exist. ``view_image`` [V]: the image
     that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells.
 
+    Tiled images: ``tiles[i]`` (rows, columns) of the crops that image i was cut into, in raster order among its views,
+    and ``thumbnail`` [V] marks the views that show a whole image once more in small. ``grid`` is then the picture
+    without its padding, crop tokens stand at their true place in it, thumbnail tokens at the cell under their centre
+    and a newline behind the last column of its row. Both are empty for families that do not tile.
+
     A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
     position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
     (beams share one).
@@ -45,6 +50,8 @@ class Layout:
     sample: list[int] = field(default_factory=list)
     column: LongTensor = None  # type: ignore[assignment]
     source: list[int] = field(default_factory=list)
+    tiles: list[tuple[int, int]] = field(default_factory=list)
+    thumbnail: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.n)
@@ -59,6 +66,41 @@ class Layout:
         picked = per_cell[self.view.clamp_min(0), self.cell.clamp_min(0)]
         gone = (self.cell < 0) | ~self.valid
         return picked.masked_fill(gone.reshape(*gone.shape, *[1] * (picked.ndim - 2)), fill)
+
+    def to_views(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
+        """Bring a value per token in image order, [I, n_max, ...], to its view and cell, [V, N, ...]; ``fill`` elsewhere.
+
+        For a layout that is not placed. Cells without a token are the padding that a tiled model cuts off.
+        """
+        views, cells = len(self.view_image), self.view_grid[0] * self.view_grid[1]
+        spare = views * cells
+        target = torch.where(self.patch, self.view * cells + self.cell, spare).flatten()
+        table = per_token.new_full((spare + 1, *per_token.shape[2:]), fill)
+        table[target] = per_token.flatten(0, 1)
+        return table[:-1].unflatten(0, (views, cells))
+
+    @property
+    def patch(self) -> Tensor:
+        """[I, n_max] bool: tokens that stand for a vision patch (no newline, no padding)."""
+        return self.valid & (self.cell >= 0)
+
+    @property
+    def one_view(self) -> bool:
+        """Whether every image is one view, each of whose cells is a token, without newlines."""
+        cells = self.view_grid[0] * self.view_grid[1]
+        return len(self.view_image) == len(self.n) and all(n == cells for n in self.n)
+
+    def with_newlines(self, mask: Tensor) -> Tensor:
+        """Add to ``mask`` [I, n_max] the newline of every row of the picture in which a crop's token is kept."""
+        newline = (self.cell == NEWLINE) & self.valid
+        if self.one_view or not bool(newline.any()):
+            return mask
+        crop = mask & self.patch
+        if self.thumbnail is not None:
+            crop &= ~self.thumbnail[self.view.clamp_min(0)]
+        occupied = torch.zeros(len(self), max(h for h, _ in self.grid), dtype=torch.int32, device=mask.device)
+        occupied.scatter_add_(1, self.row, crop.int())
+        return mask | (newline & occupied.gather(1, self.row).bool())
 
     def placed(self, placeholders: Tensor) -> Layout:
         """This layout in the prompt whose placeholders are ``placeholders`` [B, S] bool.
@@ -95,6 +137,7 @@ class Layout:
             n, [self.grid[i] for i in source], [self.kind[i] for i in source], self.view[pick], self.cell[pick],
             self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
             torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
+            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail,
         )  # fmt: skip
 
 
@@ -112,6 +155,14 @@ class Selection:
     counts: list[int]
     features: Tensor | None = None
     owner: LongTensor | None = None
+
+    @classmethod
+    def from_mask(cls, layout: Layout, mask: Tensor) -> Selection:
+        """The tokens marked in ``mask`` [I, n_max], in the order of the uncompressed model."""
+        mask = mask & layout.valid
+        counts = mask.sum(1).tolist()
+        keep = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(counts, default=0)]
+        return cls(keep, counts)
 
     def of(self, source: list[int]) -> Selection:
         """The same choice for the images ``source``, in that order."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor, nn
 
-from ..tokens import NEWLINE, Layout, Selection
+from ..tokens import Layout, Selection
 from ..views import EntryTokens
 from .run import TowerState, Vision
 from .tower import places
@@ -77,34 +77,13 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
 def from_tower(layout: Layout, tower: TowerState) -> Selection:
     """The tokens whose patches the tower let through, in the tower's order where an image is one view."""
     cells = layout.view_grid[0] * layout.view_grid[1]
-    one_view = layout.view.shape[1] == cells and len(layout.view_image) == len(layout)
-    if one_view and all(n == cells for n in layout.n):
+    if layout.one_view:
         counts = [tower.ids.shape[1]] * len(layout) if tower.valid is None else tower.valid.sum(1).tolist()
         return Selection(tower.ids, counts, owner=tower.owner)
     alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=tower.ids.device)
     present = torch.ones_like(tower.ids, dtype=torch.bool) if tower.valid is None else tower.valid
     alive.scatter_(1, tower.ids, present)
-    return from_mask(layout, keep_newlines(layout, layout.of_views(alive, fill=False)))
-
-
-def from_mask(layout: Layout, mask: Tensor) -> Selection:
-    """Selection of the tokens marked in ``mask`` [I, n_max], in raster order."""
-    mask = mask & layout.valid
-    counts = mask.sum(1).tolist()
-    keep = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(counts, default=0)]
-    return Selection(keep, counts)
-
-
-def keep_newlines(layout: Layout, mask: Tensor) -> Tensor:
-    """Add to ``mask`` [I, n_max] the newline of every row of the picture in which a token is kept."""
-    newline = (layout.cell == NEWLINE) & layout.valid
-    if not bool(newline.any()):
-        return mask
-    rows = max(h for h, _ in layout.grid)
-    row = layout.row.clamp(0, rows)
-    occupied = torch.zeros(len(layout), rows + 1, dtype=torch.int32, device=mask.device)
-    occupied.scatter_add_(1, row, (mask & ~newline).int())
-    return mask | (newline & occupied.gather(1, row).bool())
+    return Selection.from_mask(layout, layout.with_newlines(layout.of_views(alive, fill=False)))
 
 
 def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
