@@ -88,13 +88,9 @@ def _batch(
     ledger = handle.last
     size = model.dtype.itemsize
     lines = []
-    for (task, sample), prediction, record, profile in zip(
-        batch, predictions, ledger.samples, counter.profiles(shape, ledger), strict=True
+    for (task, sample), prediction, record, profile, entries in zip(
+        batch, predictions, ledger.samples, counter.profiles(shape, ledger), counter.cache_entries(ledger), strict=True
     ):
-        entries = [n + profile.text for n in profile.visual]
-        if ledger.cache_lengths is not None:
-            # a cut cache is as long as its longest row; text of this row is at most that
-            entries = [min(n, held) for n, held in zip(entries, ledger.cache_lengths, strict=True)]
         lines.append(
             {
                 "task": task,
@@ -110,7 +106,7 @@ def _batch(
                 "compressor_flops": profile.compressor,
                 "kv_bytes": shape.kv_bytes(entries, size),
             }
-            | {f"{name}": count(shape, profile) for name, count in counter.CONVENTIONS.items()}
+            | {name: count(shape, profile) for name, count in counter.CONVENTIONS.items()}
         )
     return lines
 

@@ -51,9 +51,7 @@ class Report:
         after, before = counter.profiles(shape, ledger), counter.uncompressed(shape, ledger)
         size = _bytes_per_number(dtype or config.dtype)
         text = sum(sample.text_tokens for sample in samples)
-        entries = [n + text for n in ledger.layer_tokens]
-        if ledger.cache_lengths is not None:
-            entries = [n * len(samples) for n in ledger.cache_lengths]
+        entries = [sum(layer) for layer in zip(*counter.cache_entries(ledger), strict=True)]
         return cls(
             samples=len(samples),
             images=len(images),
