@@ -22,13 +22,13 @@ TEXT_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralCo
 
 
 def tiny_llava(
-    text: str = "llama", attention: str = "sdpa", seed: int = 0, **text_options
+    text: str = "llama", attention: str = "sdpa", seed: int = 0, side: int = 6, **text_options
 ) -> LlavaForConditionalGeneration:
-    """LLaVA with a 4-layer CLIP tower on 6 × 6 patches and a 4-layer text model, weights drawn large enough that
+    """LLaVA with a 4-layer CLIP tower on ``side`` × ``side`` patches and a 4-layer text model, weights drawn large enough that
     logits differ clearly."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=24, patch_size=4,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=4 * side, patch_size=4,
         initializer_factor=4.0,
     )  # fmt: skip
     options = {**TEXT, **({"sliding_window": None} if text == "mistral" else {}), **text_options}

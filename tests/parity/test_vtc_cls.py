@@ -86,7 +86,10 @@ def test_end_to_end(path):
         strict=False,
     )
     model.lm_head.load_state_dict({"weight": llava["lm_head.weight"]})
-    ids, patches = tensors["in.input_ids"].flatten(), (info["vision_config"]["image_size"] // info["vision_config"]["patch_size"]) ** 2
+    ids, patches = (
+        tensors["in.input_ids"].flatten(),
+        (info["vision_config"]["image_size"] // info["vision_config"]["patch_size"]) ** 2,
+    )
     at = int((ids == -200).nonzero())
     free = next(t for t in range(model.config.text_config.vocab_size) if t not in ids.tolist())
     model.config.image_token_id = free
@@ -105,5 +108,3 @@ def test_end_to_end(path):
     torch.testing.assert_close(logits[stays], tensors["out.logits"], atol=1e-3, rtol=1e-3)
     assert new[0, : ids.shape[1]].equal(ids[0])
     assert new[0, ids.shape[1] :].tolist() == tensors["out.generated"].flatten().tolist()
-
-

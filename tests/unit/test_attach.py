@@ -147,7 +147,9 @@ def test_two_models_in_two_threads(inputs):
 
     def work(which: int, thread: int) -> None:
         with torch.no_grad():
-            results[which, thread] = all(models[which].generate(**inputs, **GREEDY).equal(expected[which]) for _ in range(3))
+            results[which, thread] = all(
+                models[which].generate(**inputs, **GREEDY).equal(expected[which]) for _ in range(3)
+            )
 
     threads = [threading.Thread(target=work, args=(which, t)) for which in (0, 1) for t in (0, 1)]
     for thread in threads:

@@ -57,7 +57,9 @@ def reference(model, inputs, gone, policy, new_ids=None):
     seen = torch.ones(length, length, dtype=torch.bool).tril() & (mask & ~gone)[:, None]
     seen |= torch.eye(length, dtype=torch.bool)
     additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
-    states = model.model.language_model(inputs_embeds=embeds, attention_mask=additive, position_ids=positions).last_hidden_state
+    states = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=additive, position_ids=positions
+    ).last_hidden_state
     return model.lm_head(states)
 
 
@@ -148,7 +150,9 @@ def test_beams_and_second_turn(model, name, options):
         # the second turn on the cache of the first equals decoding the same tokens one by one
         first = model.generate(**inputs, return_dict_in_generate=True, **GREEDY)
         full = torch.cat([first.sequences, more], 1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(2, full.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)], 1)
+        mask = torch.cat(
+            [inputs["attention_mask"], torch.ones(2, full.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)], 1
+        )
         again = model.generate(input_ids=full, attention_mask=mask, cache=first.cache, **GREEDY)
         step = model(**inputs, use_cache=True, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0))
         position = inputs["attention_mask"].sum(1, keepdim=True)
@@ -156,7 +160,9 @@ def test_beams_and_second_turn(model, name, options):
         grown = inputs["attention_mask"]
         for column in range(tokens.shape[1] + 4):
             grown = torch.cat([grown, torch.ones(2, 1, dtype=torch.long)], 1)
-            step = model(input_ids=tokens[:, column : column + 1], cache=step.cache, attention_mask=grown, position_ids=position)
+            step = model(
+                input_ids=tokens[:, column : column + 1], cache=step.cache, attention_mask=grown, position_ids=position
+            )
             position = position + 1
             if column >= tokens.shape[1] - 1:
                 tokens = torch.cat([tokens, likeliest(step.logits)], 1)
@@ -200,7 +206,9 @@ def test_new_image_in_the_second_turn(model):
         with vlmcompress.compress(model, name, **options):
             cache = model(**first).cache
             positions = torch.arange(first["input_ids"].shape[1], both.shape[1])[None]
-            turns = model(**{**second, "attention_mask": torch.ones_like(both)}, cache=cache, position_ids=positions).logits
+            turns = model(
+                **{**second, "attention_mask": torch.ones_like(both)}, cache=cache, position_ids=positions
+            ).logits
             if name == "vtc-cls":
                 at_once = model(input_ids=both, pixel_values=pixels, attention_mask=torch.ones_like(both)).logits
                 torch.testing.assert_close(turns, at_once[:, first["input_ids"].shape[1] :], atol=1e-4, rtol=1e-4)
