@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlowCut against numbers from the authors' code, through ``compress`` on stock classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from vectors import cases
+
+import vlmcompress
+from vlmcompress.ops.flowcut import cut_sizes, entropy_ratio, flow_score, shares, value_magnitude
+
+
+def read(path):
+    return json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+
+
+def pick(tensors, prefix):
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def build(info, tensors, text: LlamaConfig, image: int = 1) -> LlavaForConditionalGeneration:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**info["vision_config"]), text_config=text, image_token_id=image,
+        vision_feature_layer=info.get("vision_feature_layer", -2), vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    load_tower(model.model.vision_tower, tensors)
+    return model
+
+
+def load_tower(tower, tensors):
+    weights = {k.removeprefix("vision_model."): v for k, v in pick(tensors, "w.vision.").items()}
+    missing, unexpected = tower.load_state_dict(weights, strict=False)
+    assert not unexpected and all("position_ids" in m for m in missing)
+
+
+def run_tower(model, info, pixels, **options):
+    """Kept indices and the feature layer's output rows (CLS first) for every image."""
+    seen = {}
+    layer = model.model.vision_tower.encoder.layers[model.config.vision_feature_layer]
+    ids = torch.full((len(pixels), 2 + info["num_patches"]), 1)
+    ids[:, 0], ids[:, -1] = 5, 6
+    with vlmcompress.compress(model, "flowcut", **options) as handle, torch.no_grad():
+        hook = layer.register_forward_hook(lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out))
+        model(input_ids=ids, pixel_values=pixels)
+        hook.remove()
+        kept = torch.stack([s.images[0].kept for s in handle.last.samples])
+        tokens = handle.last.tower_tokens
+    return kept, seen["out"], tokens
+
+
+TINY = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=32)
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("clip_vision",)), ids=lambda p: p.stem)
+def test_clip_tower(path):
+    info, tensors = read(path)
+    model = build(info, tensors, TINY)
+    # a budget that counts the CLS row (case 08) leaves one patch less
+    keep = info["target_including_cls"] - 1
+    coupled = info["batch"] > 1
+    kept, rows, tokens = run_tower(model, info, tensors["in.pixel_values"], keep=keep, official_coupling=coupled)
+    with_cls = info["select_feature"] == "cls_patch"
+    assert kept.equal(tensors["out.keep_indices"])
+    torch.testing.assert_close(rows[:, 0 if with_cls else 1 :], tensors["out.features"], atol=2e-4, rtol=1e-4)
+    assert tokens[:-1] == [info["batch"] * (row["patches_in"] + 1) for row in info["schedule"]][: len(tokens) - 1]
+    if coupled:
+        kept, rows, _ = run_tower(model, info, tensors["in.pixel_values"], keep=keep)
+        assert kept.equal(tensors["out.single.keep_indices"])
+        torch.testing.assert_close(rows[:, 1:], tensors["out.single.features"], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("llava15_end_to_end",)), ids=lambda p: p.stem)
+def test_llava_end_to_end(path):
+    info, tensors = read(path)
+    ids = tensors["in.input_ids"].flatten()
+    at, patches = int((ids == -200).nonzero()), info["num_patches"]
+    free = next(t for t in range(info["llm_config"]["vocab_size"]) if t not in ids.tolist())
+    model = build(info, tensors, LlamaConfig(**info["llm_config"]), free)
+    load_language_model(model, tensors)
+    inputs = {
+        "input_ids": torch.cat([ids[:at], torch.full((patches,), free), ids[at + 1 :]])[None],
+        "pixel_values": tensors["in.pixel_values"],
+    }
+    with torch.no_grad(), vlmcompress.compress(model, "flowcut", keep=info["target_num"]) as handle:
+        features = model.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+        logits = model(**inputs).logits[0]
+        kept, positions = handle.last.samples[0].images[0].kept, handle.last.positions
+        new = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert kept.equal(tensors["out.keep_indices"][0])
+    torch.testing.assert_close(features[kept], tensors["out.projected"][0], atol=2e-4, rtol=1e-4)
+    assert positions.flatten().tolist() == list(range(tensors["out.logits"].shape[1]))
+    stays = torch.cat([torch.arange(at), at + kept, torch.arange(at + patches, inputs["input_ids"].shape[1])])
+    torch.testing.assert_close(logits[stays], tensors["out.logits"][0], atol=1e-3, rtol=1e-3)
+    assert new[0, inputs["input_ids"].shape[1] :].tolist() == tensors["out.generated"].flatten().tolist()
+
+
+def load_language_model(model, tensors):
+    llava = pick(tensors, "w.llava.")
+    projector = model.model.multi_modal_projector
+    for old, linear in (("0", projector.linear_1), ("2", projector.linear_2)):
+        linear.load_state_dict({part: llava[f"model.mm_projector.{old}.{part}"] for part in ("weight", "bias")})
+    other = ("mm_projector", "image_newline", "vision_tower")
+    weights = {k: v for k, v in pick(llava, "model.").items() if not k.startswith(other)}
+    model.model.language_model.load_state_dict(weights, strict=False)
+    model.lm_head.load_state_dict({"weight": llava["lm_head.weight"]})
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("functions",)), ids=lambda p: p.stem)
+def test_functions(path):
+    info, tensors = read(path)
+    for case in info["cases"]:
+        attention, similarity, value, score = (
+            tensors[f"{case['id']}.{name}"] for name in ("in.cls_attn", "in.sem_attn", "in.value", "out.score")
+        )
+        ours = flow_score(attention, similarity, value_magnitude(value[:, None]))
+        torch.testing.assert_close(ours, score, atol=1e-5, rtol=1e-4)
+        n = torch.full((case["B"],), case["N"])
+        amount = cut_sizes(entropy_ratio(shares(attention), n), n, torch.full_like(n, case["target_num"]), case["rpl"])
+        assert round(float(amount.max())) == case["prune_num"]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlowCut: drop patches between vision layers, more of them where the CLS attention is more concentrated.
+
+Tong et al., "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", NeurIPS 2025,
+arXiv 2505.19536.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from ..method import Method, Stage, check_keep, tokens_to_keep
+from ..ops.flowcut import cut_sizes, entropy_ratio, flow_score, shares, value_magnitude
+from ..ops.scores import attention_row
+from ..ops.select import top_indices, top_mask
+from ..registry import register_method
+from ..tokens import Layout
+from ..views import Cut, PrefillLayer, TowerEdit, TowerLayer
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+
+
+@register_method("flowcut")
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """A running score of every vision layer cuts patches behind every second one, down to the budget at the last cut.
+
+    The score of a layer is (CLS attention + similarity of the values to the CLS value) × value magnitude; half of it and
+    half of the running score are carried on. The number of patches to drop follows from the entropy of the CLS
+    attention (sections 4.2 and 4.3 of the paper). The last cut lies just before the layer whose output is used.
+
+    Tiled images and towers without a CLS token stop at about twice the budget, and a second cut, behind decoder layer
+    ``llm_layer``, goes down to it by the same score with the last prompt token in the place of CLS.
+
+    Differs from the official code: scores are fp32 and read off the layer's own projections; ties go to the lowest
+    index; images of a batch do not share the number of patches to drop (the crops of one image do, as published) unless
+    ``official_coupling``; several images of a prompt are ranked one by one; a budget that all tokens fit in changes
+    nothing.
+
+    Args:
+        keep: visual tokens per image, or their share; for tiled images half of it per crop, at least one, goes on from
+            the tower.
+        history: weight of the running score against the new one.
+        every: prune behind every so manieth vision layer, counted back from the last cut.
+        first_prune_layer: vision layers (0-based) before it only score. 0 is the paper; later work by one of its
+            authors finds skipping shallow cuts better.
+        llm_layer: decoder layer behind which the second cut lies where there is one; None leaves it out, and the tower
+            then goes down to the budget itself (needed to compose FlowCut with a method that acts between decoder
+            layers).
+        official_coupling: all images of a batch drop the same number of patches at every cut, the largest of them, as
+            in the released code.
+    """
+
+    keep: int | float = 64
+    history: float = 0.5
+    every: int = 2
+    first_prune_layer: int = 0
+    llm_layer: int | None = 1
+    official_coupling: bool = False
+
+    summary: ClassVar[str] = "progressive cuts inside the vision tower, their size by attention entropy"
+    paper: ClassVar[str] = "arXiv 2505.19536"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER, Stage.PREFILL})
+    query_aware: ClassVar[bool] = True
+
+    def validate(self) -> None:
+        check_keep(self.keep)
+        if not 0.0 <= self.history <= 1.0:
+            raise ValueError(f"history is a weight between 0 and 1, not {self.history!r}.")
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every is a number of vision layers, at least 1, not {self.every!r}.")
+        if self.first_prune_layer < 0:
+            raise ValueError(f"first_prune_layer is a vision layer counted from 0, not {self.first_prune_layer!r}.")
+        if self.llm_layer is None:
+            object.__setattr__(self, "stages", frozenset({Stage.TOWER}))
+        elif self.llm_layer < 0:
+            raise ValueError(f"llm_layer is a decoder layer counted from 0, or None, not {self.llm_layer!r}.")
+
+    def check_family(self, adapter: Adapter) -> None:
+        last = self._last_cut(adapter.feature_layer, adapter.has_cls)
+        if last < 0:
+            raise ValueError("'flowcut' needs a vision tower with a layer in front of the one whose output is used.")
+        if self.first_prune_layer > last:
+            raise ValueError(
+                f"first_prune_layer {self.first_prune_layer} lies behind layer {last}, the last one that may be cut."
+            )
+        depth = len(adapter.decoder_layers)
+        if self._cuts_inside(adapter) and self.llm_layer >= depth - 1:
+            raise ValueError(f"llm_layer {self.llm_layer} leaves nothing to save: this language model has {depth} layers.")
+
+    @staticmethod
+    def _last_cut(feature_layer: int, has_cls: bool) -> int:
+        """Layer behind which the last cut lies: with a CLS token the feature layer itself still runs on the budget."""
+        return feature_layer - 1 if has_cls else feature_layer
+
+    def _cuts_inside(self, adapter: Adapter) -> bool:
+        return self.llm_layer is not None and (adapter.tiled or not adapter.has_cls)
+
+    # TOWER ------------------------------------------------------------------------------------------------------
+    def tower_layers(self, adapter: Adapter) -> Collection[int]:
+        return range(self._last_cut(adapter.feature_layer, adapter.has_cls) + 1)
+
+    def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
+        counts: list[int] = state.setdefault("counts", [layer.n] * len(layer.ids))
+        targets = state.setdefault("targets", self._targets(layer.layout, layer.has_cls))
+        if all(n <= t for n, t in zip(counts, targets, strict=True)):
+            return None
+        attention = layer.cls_row()
+        similarity = attention_row(layer.v[:, :, 0], layer.v, 1.0, layer.bias).mean(1)[:, layer.prefix :]
+        score = flow_score(attention, similarity, value_magnitude(layer.v[:, :, layer.prefix :]))
+        running = score if "running" not in state else torch.lerp(score, state["running"], self.history)
+        state["running"] = running
+        state["flops"] = state.get("flops", 0) + 4 * layer.v.numel()
+
+        left = self._last_cut(layer.feature_layer, layer.has_cls) - layer.index
+        if left % self.every or layer.index < self.first_prune_layer:
+            return None
+        if left:
+            new = self._shorter(shares(attention), counts, targets, left, layer.layout)
+        else:
+            new = [min(n, t) for n, t in zip(counts, targets, strict=True)]
+        self._publish(running, layer, state)
+        if new == counts:
+            return None
+        state["counts"] = new
+        ranked = running if layer.valid is None else running.masked_fill(~layer.valid, float("-inf"))
+        keep = top_indices(ranked, new)
+        state["running"] = running.gather(1, keep)
+        return TowerEdit(keep, valid=real_places(new, keep))
+
+    def _targets(self, layout: Layout, has_cls: bool) -> list[int]:
+        """Patches that each view keeps in the tower."""
+        owners = layout.view_image.tolist()
+        cells = layout.view_grid[0] * layout.view_grid[1]
+        found = []
+        for image in owners:
+            views, budget = owners.count(image), tokens_to_keep(self.keep, layout.n[image])
+            if self.llm_layer is None or (views == 1 and has_cls):
+                found.append(min(cells, max(1, budget // views)))
+            else:
+                found.append(min(cells, max(1, budget // 2)))
+        return found
+
+    def _shorter(
+        self, weights: Tensor, counts: list[int], targets: list[int], left: int, layout: Layout
+    ) -> list[int]:  # fmt: skip
+        """Patches of each view behind a cut that is not the last one."""
+        n, target = (torch.tensor(x, device=weights.device) for x in (counts, targets))
+        drop = cut_sizes(entropy_ratio(weights, n), n, target, left).tolist()
+        owners = [0] * len(counts) if self.official_coupling else layout.view_image.tolist()
+        most = {image: max(d for d, i in zip(drop, owners, strict=True) if i == image) for image in set(owners)}
+        return [min(n, max(n - round(most[i]), t)) for n, t, i in zip(counts, targets, owners, strict=True)]
+
+    @staticmethod
+    def _publish(running: Tensor, layer: TowerLayer, state: dict) -> None:
+        """The last running score of every cell, for heat maps; dropped ones keep the one that they were dropped with."""
+        cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
+        table = state.get("table")
+        table = running.new_zeros(len(running), cells) if table is None else table
+        kept = running if layer.valid is None else torch.where(layer.valid, running, table.gather(1, layer.ids))
+        state["table"] = table.scatter(1, layer.ids, kept)
+        state["scores"] = layer.layout.of_views(state["table"])
+
+    # PREFILL ----------------------------------------------------------------------------------------------------
+    def cut_layers(self, adapter: Adapter) -> Collection[int]:
+        return (self.llm_layer,) if self._cuts_inside(adapter) else ()
+
+    def prefill(self, layer: PrefillLayer, state: dict) -> Cut | None:
+        counts = [
+            min(tokens_to_keep(self.keep, n), alive)
+            for n, alive in zip(layer.layout.n, layer.frame.counts, strict=True)
+        ]
+        if counts == layer.frame.counts:
+            return None
+        score = last_token_score(layer)
+        state["llm_scores"] = score
+        state["flops"] = state.get("flops", 0) + 4 * layer.hidden.numel()
+        return layer.keep(top_mask(score, counts), counts)
+
+
+def last_token_score(layer: PrefillLayer) -> Tensor:
+    """[I, c_max] fp32 score of each image's visual tokens for the last prompt token; -inf where there is none."""
+    last = layer.frame.last[:, None]
+    slots, valid = layer.frame.slots()
+    rows = layer.layout.batch_index
+
+    def of_images(per_slot: Tensor) -> Tensor:
+        """[B, S, ...] → [I, c_max, ...]."""
+        return per_slot[rows, slots]
+
+    # a softmax over the visual keys alone is the full one, rescaled
+    attention = of_images(layer.attention(last)[:, :, 0].mT).masked_fill(~valid[..., None], 0.0)
+    attention = shares(attention.mT).mean(1)
+    values = layer.values().float()
+    visual = of_images(values.transpose(1, 2)).transpose(1, 2)  # [I, H, c_max, d]
+    bias = torch.zeros(valid.shape, device=values.device).masked_fill(~valid, float("-inf"))
+    query = values.gather(2, last[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[-1]))
+    similarity = attention_row(query[rows[:, 0], :, 0], visual, values.shape[-1] ** -0.5, bias).mean(1)
+    return flow_score(attention, similarity, value_magnitude(visual)).masked_fill(~valid, float("-inf"))
+
+
+def real_places(counts: list[int], like: LongTensor) -> Tensor | None:
+    """[V, n] bool: the first ``counts[v]`` places of each row; None when every row is full."""
+    if min(counts) == like.shape[1]:
+        return None
+    return torch.arange(like.shape[1], device=like.device) < torch.tensor(counts, device=like.device)[:, None]
