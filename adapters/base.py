@@ -107,6 +107,10 @@ class Adapter:
         layers = [chosen] if isinstance(chosen, int) else list(chosen)
         return max(layer if layer >= 0 else depth + 1 + layer for layer in layers) - 1
 
+    def tower_norm(self, index: int) -> nn.Module:
+        """The norm in front of one vision layer's attention."""
+        return self.tower_layers[index].layer_norm1
+
     def tower_projections(self, index: int) -> dict[str, nn.Module]:
         """The Linear modules of one vision layer whose outputs :meth:`split_qkv` reads."""
         attention = self.tower_layers[index].self_attn
@@ -194,7 +198,7 @@ class Adapter:
         works, reason = self.supports(type(method))
         if not works:
             raise ValueError(f"'{method.name}' does not work on '{self.model_type}': {reason}.")
-        if method.stages & {Stage.PREFILL, Stage.CACHE}:
+        if Stage.CACHE in method.stages or (Stage.PREFILL in method.stages and method.cut_layers(self)):
             if getattr(self.text_config, "sliding_window", None) and "sliding_attention" in (
                 getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
             ):

@@ -106,7 +106,8 @@ class Handle:
         self._tower_lock = threading.Lock()
         self._last: VisualTokens | None = None
         self._before = method.at(Stage.TOWER, Stage.ENTRY)
-        self._prefill = method.at(Stage.PREFILL)
+        # some methods cut inside the language model on some families only
+        self._prefill = [m for m in method.at(Stage.PREFILL) if m.cut_layers(adapter)]
         self._cache = method.at(Stage.CACHE)
         self._cuts = {m: frozenset(m.cut_layers(adapter)) for m in self._prefill}
         self._policies = {id(m): self._policy(m) for m in method.methods}

@@ -36,7 +36,8 @@ def build(info, tensors, text: LlamaConfig, image: int = 1) -> LlavaForCondition
 def load_tower(tower, tensors):
     weights = {k.removeprefix("vision_model."): v for k, v in pick(tensors, "w.vision.").items()}
     missing, unexpected = tower.load_state_dict(weights, strict=False)
-    assert not unexpected and all("position_ids" in m for m in missing)
+    assert not unexpected
+    assert all("position_ids" in m for m in missing)
 
 
 def run_tower(model, info, pixels, **options):
