@@ -241,7 +241,7 @@ def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
                 visual=(n,) * len(profile.visual),
                 tower=(views * shape.tower_tokens,) * shape.tower.layers,
                 views=views,
-                projected=n - sum(int(image.is_newline.sum()) for image in images),
+                projected=views * (shape.tower_tokens - shape.tower_prefix),
                 compressor=0,
             )
         )

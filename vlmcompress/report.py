@@ -106,6 +106,5 @@ class Report:
 def _bytes_per_number(dtype: torch.dtype | str | None) -> int:
     import torch
 
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."))
-    return (dtype or torch.float32).itemsize
+    found = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or torch.float32
+    return found.itemsize
