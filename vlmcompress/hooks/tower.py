@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..ops.scores import folded_cls_logits
 from ..views import TowerEdit, TowerLayer
 from .masks import require_mask_support
 from .run import TowerState, Vision
@@ -120,15 +121,32 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
     for method in callers:
         q, k, v = qkv
         layer = TowerLayer(
-            index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden, q=q, k=k, v=v, scale=adapter.tower_scale,
+            index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden,
+            q=q, k=k, v=v, scale=adapter.tower_scale,
             prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
             bias=_key_bias(tower, prefix), layout=vision.layout,
+            _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
         )  # fmt: skip
         edit = method.tower(layer, vision.state(method))
         if edit is not None:
             hidden = _apply(tower, edit, hidden, prefix)
             edited = True
     return hidden if edited else None
+
+
+def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
+    """[V, n] fp32 logits of the CLS query in the layer behind ``index``, from its input ``hidden``; mean over heads."""
+    norm, linear = adapter.tower_norm(index + 1), adapter.tower_projections(index + 1)
+    heads, prefix = adapter.tower_layers[index + 1].self_attn.num_heads, adapter.tower_prefix
+    if type(linear["q"]) is nn.Linear and type(linear["k"]) is nn.Linear and type(norm) is nn.LayerNorm:
+        weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+        x = nn.functional.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
+        parts = [None if p is None else p.float() for m in ("q", "k") for p in (linear[m].weight, linear[m].bias)]
+        return folded_cls_logits(x, *parts, heads, adapter.tower_scale)[:, prefix - 1 :]
+    # quantised or adapted projections: call them as they are
+    x = norm(hidden)
+    q, k = linear["q"](x[:, :1]), linear["k"](x[:, prefix:])
+    return (k.float() @ q.float().mT)[..., 0] * (adapter.tower_scale / heads)
 
 
 def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> Tensor:
