@@ -18,10 +18,11 @@ from .base import Adapter
 class LlavaNextAdapter(Adapter):
     """``LlavaNextForConditionalGeneration`` with any text model that has LLaMA's layer structure.
 
-    An image's tokens come as the thumbnail's cells in raster order, then row by row the unpadded cells of all crops with
-    a newline behind each row. The layout's ``grid`` is the unpadded picture, so that what was kept can be drawn on the
-    user's own image: crop tokens stand at their own cell, a thumbnail token, which covers several cells, at the one
-    under its centre (both show the same picture). View 0 of an image is the thumbnail; the crops follow in raster order.
+    An image's tokens come as the thumbnail's cells in raster order, then row by row the unpadded cells of all crops
+    with a newline behind each row. The layout's ``grid`` is the unpadded picture, so that what was kept can be drawn on
+    the user's own image: crop tokens stand at their own cell, a thumbnail token, which covers several cells, at the one
+    under its centre (both show the same picture). View 0 of an image is the thumbnail; the crops follow in raster
+    order.
     """
 
     tiled = True

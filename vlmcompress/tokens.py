@@ -22,10 +22,10 @@ class Layout:
     """Geometry of ``I`` images (or videos), padded to the longest (``n_max`` tokens).
 
     ``n[i]`` visual tokens, ``grid[i]`` (rows, columns) of the picture they form, ``kind[i]`` "image" or "video".
-    ``view`` and ``cell`` [I, n_max]: the crop or frame of each token (index along the tower's batch) and the row of the
-    projector's output in it; ``cell`` is ``NEWLINE`` for tokens without a patch. ``row``, ``col``: place in ``grid``
-    (frames of a video are stacked as further rows). ``valid`` marks the tokens that exist. ``view_image`` [V]: the image
-    that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells.
+    ``view`` and ``cell`` [I, n_max]: the crop or frame of each token (index along the tower's batch) and the row of
+    the projector's output in it; ``cell`` is ``NEWLINE`` for tokens without a patch. ``row``, ``col``: place in ``grid``
+    (frames of a video are stacked as further rows). ``valid`` marks the tokens that exist. ``view_image`` [V]: the
+    image that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells.
 
     Tiled images: ``tiles[i]`` (rows, columns) of the crops that image i was cut into, in raster order among its views,
     and ``thumbnail`` [V] marks the views that show a whole image once more in small. ``grid`` is then the picture
@@ -62,13 +62,13 @@ class Layout:
         return torch.tensor(self.sample, device=self.cell.device)[:, None]
 
     def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
-        """Bring a value per view and cell, [V, N, ...], into image order, [I, n_max, ...]; ``fill`` where no patch is."""
+        """Bring a value per view and cell, [V, N, ...], to image order, [I, n_max, ...]; ``fill`` where no patch is."""
         picked = per_cell[self.view.clamp_min(0), self.cell.clamp_min(0)]
         gone = (self.cell < 0) | ~self.valid
         return picked.masked_fill(gone.reshape(*gone.shape, *[1] * (picked.ndim - 2)), fill)
 
     def to_views(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
-        """Bring a value per token in image order, [I, n_max, ...], to its view and cell, [V, N, ...]; ``fill`` elsewhere.
+        """Bring a value per token in image order, [I, n_max, ...], to view and cell, [V, N, ...]; ``fill`` elsewhere.
 
         For a layout that is not placed. Cells without a token are the padding that a tiled model cuts off.
         """
@@ -148,13 +148,15 @@ class Selection:
     ``keep`` [I, k_max]: indices into each image's tokens **in feeding order**, padded; ``counts[i]`` of them are real.
     ``features`` [I, k_max, C] replaces the gathered projector inputs where tokens were merged or pooled.
     ``owner`` [I, n_max]: for every original token the place in ``keep`` that took it in, -1 if it was dropped; only
-    merging methods give it.
+    merging methods give it. ``copies`` [I, k_max]: the token whose embedding each entry carries, where a method feeds
+    one token (a newline) several times: the entry then only lends its place in the prompt.
     """
 
     keep: LongTensor
     counts: list[int]
     features: Tensor | None = None
     owner: LongTensor | None = None
+    copies: LongTensor | None = None
 
     @classmethod
     def from_mask(cls, layout: Layout, mask: Tensor) -> Selection:
@@ -164,11 +166,21 @@ class Selection:
         keep = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(counts, default=0)]
         return cls(keep, counts)
 
+    def places(self, n_max: int) -> LongTensor:
+        """[I, n_max] place in ``keep`` of every token, -1 for dropped ones."""
+        place = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        number = torch.tensor(self.counts, device=place.device)[:, None]
+        # padding writes to a spare column
+        target = torch.where(place < number, self.keep, n_max)
+        table = torch.full((len(self.keep), n_max + 1), -1, dtype=torch.long, device=place.device)
+        return table.scatter(1, target, place)[:, :n_max]
+
     def of(self, source: list[int]) -> Selection:
         """The same choice for the images ``source``, in that order."""
         pick = torch.tensor(source, device=self.keep.device)
         owner = None if self.owner is None else self.owner[pick]
-        return Selection(self.keep[pick], [self.counts[i] for i in source], owner=owner)
+        copies = None if self.copies is None else self.copies[pick]
+        return Selection(self.keep[pick], [self.counts[i] for i in source], owner=owner, copies=copies)
 
 
 @dataclass
@@ -275,12 +287,19 @@ class ImageRecord:
         return self.kept_at(0)
 
     def kept_at(self, layer: int) -> LongTensor:
-        """Sorted indices of the tokens that decoder layer ``layer`` (0-based) processed."""
+        """Sorted indices of the tokens that decoder layer ``layer`` (0-based) processed; one fed twice is there twice."""
         frame = self._ledger.frame_at(layer)
         row = self._ledger.layout.sample[self._image]
         alive = frame.index[row][(frame.image[row] == self._image) & frame.visual[row]]
         columns = self._ledger.layout.column[self._image, : self.n_original]
-        return torch.isin(columns, alive).nonzero()[:, 0].cpu()
+        kept = torch.isin(columns, alive).nonzero()[:, 0]
+        selection = self._ledger.selection
+        if selection is not None and selection.copies is not None:
+            real = slice(selection.counts[self._image])
+            carried = torch.arange(self.n_original, device=kept.device)
+            carried[selection.keep[self._image, real]] = selection.copies[self._image, real]
+            kept = carried[kept].sort().values
+        return kept.cpu()
 
     @property
     def sources(self) -> list[LongTensor]:

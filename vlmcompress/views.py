@@ -15,6 +15,7 @@ from torch import LongTensor, Tensor
 
 from .method import tokens_to_keep
 from .ops.scores import attention_row
+from .ops.select import largest_remainder, top_indices, top_mask
 from .tokens import Frame, Layout, Selection
 
 __all__ = ["CacheLayer", "Cut", "EntryTokens", "Eviction", "PrefillLayer", "Selection", "TowerEdit", "TowerLayer"]
@@ -44,6 +45,7 @@ class TowerLayer:
     valid: Tensor | None
     bias: Tensor | None
     layout: Layout
+    _following: Callable[[], Tensor] | None = None
 
     @property
     def n(self) -> int:
@@ -58,10 +60,23 @@ class TowerLayer:
         """[V, n] fp32: mean over heads of the softmax of the CLS query over all keys; the CLS column dropped."""
         return attention_row(self.q[:, :, 0], self.k, self.scale, self.bias).mean(1)[:, self.prefix :]
 
+    def cls_logits(self, *, following: bool = False) -> Tensor:
+        """[V, n] fp32: mean over heads of the CLS query's logits before the softmax; the CLS column left out.
+
+        ``following=True`` asks the next layer's projections, applied to this layer's output; that layer need not run.
+        """
+        if following:
+            assert self._following is not None
+            return self._following()
+        logits = torch.einsum("vhd,vhnd->vn", self.q[:, :, 0].float(), self.k[:, :, self.prefix :].float())
+        return logits * (self.scale / self.q.shape[1])
+
     def budgets(self, keep: int | float) -> list[int]:
-        """Tokens that each view may keep when ``keep`` is meant per image: its image's budget, split evenly."""
+        """Tokens that each view may keep: its share of its cells, or its image's number split evenly over its views."""
         views = torch.bincount(self.layout.view_image, minlength=len(self.layout)).tolist()
         cells = self.layout.view_grid[0] * self.layout.view_grid[1]
+        if isinstance(keep, float):
+            return [tokens_to_keep(keep, cells)] * len(self.layout.view_image)
         return [
             max(1, tokens_to_keep(keep, views[i] * cells) // views[i]) for i in self.layout.view_image.tolist()
         ]  # fmt: skip
@@ -97,8 +112,50 @@ class EntryTokens:
     pixel_values: Tensor | None
 
     def budgets(self, keep: int | float) -> list[int]:
-        """Tokens that each image may keep."""
-        return [tokens_to_keep(keep, n) for n in self.layout.n]
+        """Tokens that each image may keep; patches only where images are tiled (see :meth:`select`)."""
+        tiled = self.layout.thumbnail is not None
+        return [tokens_to_keep(keep, n) for n in (self.layout.patch.sum(1).tolist() if tiled else self.layout.n)]
+
+    def view_budgets(self, keep: int | float) -> list[int]:
+        """Tokens that each view may keep: its image's budget split evenly over its views, rounded so that it adds up.
+
+        A view holds only what is left of it without padding; what it cannot take goes to the others.
+        """
+        owner, caps = self.layout.view_image.tolist(), self.view_cells().sum(1).tolist()
+        found = []
+        for image, budget in enumerate(self.budgets(keep)):
+            mine = [cap for cap, i in zip(caps, owner, strict=True) if i == image]
+            found += largest_remainder([1.0] * len(mine), budget, mine)
+        return found
+
+    def view_cells(self) -> Tensor:
+        """[V, N] bool: cells that are tokens (not cut off as padding)."""
+        return self.layout.to_views(self.layout.patch, fill=False)
+
+    def select(self, scores: Tensor, keep: int | float, *, pooled: bool = False, newlines: bool = True) -> Selection:
+        """Selection of the tokens with the largest ``scores`` [I, n_max], in the order of the uncompressed model.
+
+        Tiled images: ``keep`` counts patches and is split evenly over an image's views (``pooled``: one ranking for all
+        of them); every row of the picture in which a crop's patch stays brings its newline (``newlines=False``: none,
+        unless everything stays).
+        """
+        layout, counts = self.layout, self.budgets(keep)
+        if layout.thumbnail is None:
+            return Selection(top_indices(scores, counts), counts)
+        if pooled:
+            mask = top_mask(scores.masked_fill(~layout.patch, float("-inf")), counts)
+        else:
+            best = top_mask(layout.to_views(scores, fill=float("-inf")), self.view_budgets(keep))
+            mask = layout.of_views(best, fill=False)
+        return self.select_mask(mask, newlines=newlines)
+
+    def select_mask(self, mask: Tensor, *, newlines: bool = True) -> Selection:
+        """Selection of the patches in ``mask`` [I, n_max], with the newlines that :meth:`select` speaks of."""
+        layout = self.layout
+        if newlines:
+            return Selection.from_mask(layout, layout.with_newlines(mask))
+        whole = (mask | ~layout.patch).all(1, keepdim=True)
+        return Selection.from_mask(layout, mask | whole)
 
     def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
         """[V, N, ...] per view and cell → [I, n_max, ...] in image order."""

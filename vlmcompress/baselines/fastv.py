@@ -87,7 +87,8 @@ class FastV(Method):
             alive = layer.frame.counts[image]
             column = layer.frame.index[layout.sample[image]][slots[image, :alive]]
             token = torch.searchsorted(layout.column[image, : layout.n[image]].contiguous(), column)
-            row, col = layout.row[image][token], layout.col[image][token]
+            # a newline stands behind the last column
+            row, col = layout.row[image][token], layout.col[image][token].clamp_max(layout.grid[image][1] - 1)
             across = -(-layout.grid[image][1] // self.window)
             number = (row // self.window) * across + col // self.window
             windows, sizes = number.unique(return_counts=True)

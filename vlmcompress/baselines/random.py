@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 
 from ..method import Method, Stage, check_keep
-from ..ops.select import top_indices
 from ..registry import register_method
 from ..views import EntryTokens, Selection
 
@@ -37,12 +36,12 @@ class Random(Method):
         check_keep(self.keep)
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
-        layout, counts = tokens.layout, tokens.budgets(self.keep)
+        layout = tokens.layout
         scores = torch.full(layout.cell.shape, float("-inf"))
         for image, n in enumerate(layout.n):
             generator = torch.Generator().manual_seed(self.seed + (self._digest(tokens, image) << 16))
             scores[image, :n] = torch.rand(n, generator=generator)
-        return Selection(top_indices(scores.to(layout.cell.device), counts), counts)
+        return tokens.select(scores.to(layout.cell.device), self.keep)
 
     @staticmethod
     def _digest(tokens: EntryTokens, image: int) -> int:

@@ -28,7 +28,8 @@ class ToMe(Method):
     (section 3 of the paper). Later attention adds the log of that size ("proportional attention").
 
     Differs from the paper: merging happens behind a block instead of between its attention and its MLP, since stock
-    blocks have no seam there; the CLS token never merges.
+    blocks have no seam there; the CLS token never merges. On tiled images padding merges like any patch, and a token
+    whose representative is padding is cut off with it.
 
     Args:
         keep: visual tokens per image, or their share.
@@ -49,7 +50,13 @@ class ToMe(Method):
         return range(adapter.feature_layer + 1)
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
-        target = min(layer.budgets(self.keep))
+        targets = layer.budgets(self.keep)
+        target = min(targets)
+        if target != max(targets):
+            raise ValueError(
+                "'tome' merges equally much in every view of a pass, and these images are cut into different numbers of "
+                "views; give keep as a share (float) or run them singly."
+            )
         if layer.n <= target:
             return None
         left = state.setdefault("left", layer.feature_layer + 1)

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from ..method import Method, Stage, check_keep
 from ..ops.select import top_indices
 from ..registry import register_method
@@ -49,8 +51,13 @@ class TowerCls(Method):
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
         counts = layer.budgets(self.keep)
-        if max(counts) >= layer.n:
+        if min(counts) >= layer.n:
             return None
         row = layer.cls_row()
         state["flops"] = 4 * row.numel() * layer.hidden.shape[-1]
-        return TowerEdit(top_indices(row, [min(counts)] * len(counts)))
+        keep = top_indices(row, counts)
+        if min(counts) == keep.shape[1]:
+            return TowerEdit(keep)
+        # images of more crops give each of them less
+        number = torch.tensor(counts, device=keep.device)[:, None]
+        return TowerEdit(keep, valid=torch.arange(keep.shape[1], device=keep.device) < number)

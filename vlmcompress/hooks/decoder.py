@@ -66,13 +66,27 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     if managed(run.cache):
         kwargs[cache_keyword(adapter.language_model)] = run.cache
     if dropping:
-        kept = embeds.gather(1, frame.index[..., None].expand(-1, -1, embeds.shape[-1]))
+        kept = embeds.gather(1, _carried(run)[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding slots point at dropped columns, which hold NaN
         kwargs["inputs_embeds"] = kept if frame.valid is None else kept.masked_fill(~frame.valid[..., None], 0)
         adapter.follow(kwargs, frame.index)
     kwargs["position_ids"] = run.entry_positions = shifted(frame.positions, _past_shift(run))
     kwargs["attention_mask"] = _entry_mask(run, attention_mask, dropping)
     return kwargs
+
+
+def _carried(run: Run) -> LongTensor:
+    """[B, S'] column whose embedding stands in each slot of the first frame."""
+    selection, layout = run.selection, run.layout
+    assert selection is not None and layout is not None
+    if selection.copies is None:
+        return run.frame.index
+    device = run.frame.index.device
+    real = torch.arange(selection.keep.shape[1], device=device) < torch.tensor(selection.counts, device=device)[:, None]
+    column = torch.arange(run.columns, device=device).repeat(len(run.frame.index), 1)
+    row = layout.batch_index.expand_as(selection.keep)[real]
+    column[row, layout.column.gather(1, selection.keep)[real]] = layout.column.gather(1, selection.copies)[real]
+    return column.gather(1, run.frame.index)
 
 
 def _past_shift(run: Run) -> LongTensor | None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..method import Method, Stage, check_keep
 from ..ops.scores import received_attention
-from ..ops.select import top_indices
 from ..registry import register_method
 from ..views import EntryTokens, Selection, TowerLayer
 
@@ -38,11 +37,16 @@ class VtcCls(Method):
         layers: size of the ensemble, K; the paper's tables use 3.
         start_layer: first layer of the ensemble instead of ``layers``, as in the official command line; a negative one
             counts from the end of the tower.
+        pooled: tiled images: one ranking over all views of an image instead of an even share for each.
+        newlines: tiled images: keep the newline of every row of the picture that keeps a patch; newlines come on top of
+            ``keep``.
     """
 
     keep: int | float = 64
     layers: int = 3
     start_layer: int | None = None
+    pooled: bool = False
+    newlines: bool = True
 
     summary: ClassVar[str] = "patches the CLS token attends to, summed over the last vision layers"
     paper: ClassVar[str] = "arXiv 2412.05819"
@@ -79,5 +83,4 @@ class VtcCls(Method):
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
         state["scores"] = tokens.of_views(state.pop("sum"), fill=float("-inf"))
-        counts = tokens.budgets(self.keep)
-        return Selection(top_indices(state["scores"], counts), counts)
+        return tokens.select(state["scores"], self.keep, pooled=self.pooled, newlines=self.newlines)

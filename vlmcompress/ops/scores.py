@@ -25,6 +25,36 @@ def attention_row(query: Tensor, keys: Tensor, scale: float, bias: Tensor | None
     return logits.softmax(-1)
 
 
+def folded_cls_logits(
+    x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None, heads: int, scale: float
+) -> Tensor:
+    """Attention logits of the first token's query before the softmax, mean over heads, without projecting any key.
+
+    The mean of the per-head products is one product of the whole vectors, and the key projection can be moved to the
+    query's side: ``x · (Wkᵀ q) + q · bk`` costs one matrix-vector product per view.
+
+    Args:
+        x: [V, 1 + n, C] fp32 normalised input of the layer, the querying token first.
+        wq, wk: [C, C] fp32 weights; bq, bk: [C] biases or None.
+        heads: number of heads.
+        scale: factor on the logits (``d ** -0.5``).
+
+    Returns:
+        [V, n] fp32; unbounded, the querying token's own column left out.
+    """
+    q = torch.nn.functional.linear(x[:, 0], wq, bq)
+    logits = torch.einsum("vnc,vc->vn", x[:, 1:], q @ wk)
+    if bk is not None:
+        logits = logits + (q @ bk)[:, None]
+    return logits * (scale / heads)
+
+
+def negative_cosine(x: Tensor) -> Tensor:
+    """[V, n] fp32: minus the cosine of every token of ``x`` [V, n, C] to the mean of its view."""
+    x = x.float()
+    return -torch.nn.functional.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)
+
+
 def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
     """Softmax of selected query rows over the keys that they may see.
 
