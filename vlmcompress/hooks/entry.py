@@ -15,6 +15,7 @@ from torch import LongTensor, Tensor, nn
 
 from ..tokens import Layout, Selection
 from ..views import EntryTokens
+from .packed import pack, start, tokens_of, unpack
 from .run import TowerState, Vision
 from .tower import places
 
@@ -28,6 +29,9 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
 
     def pre(module: nn.Module, args: tuple):
         rows = adapter.projector_rows(args[0])
+        if adapter.packed_tower:
+            assert vision.tower is not None
+            rows = unpack(rows, tokens_of(vision.tower)[1], len(vision.tower.ids))
         vision.features = rows
         if not adapter.tokenwise_projector:
             return None
@@ -43,7 +47,10 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
     def post(module: nn.Module, args: tuple, output: Tensor):
         if vision.selection is None or not adapter.tokenwise_projector:
             return None
-        return adapter.projector_output(_scatter(vision, output))
+        table = _scatter(vision, output)
+        if adapter.packed_tower:
+            table = pack(table, start(vision.layout, 1).valid)
+        return adapter.projector_output(table)
 
     vision.handles.append(adapter.projector.register_forward_pre_hook(pre))
     vision.handles.append(adapter.projector.register_forward_hook(post))
@@ -67,7 +74,8 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
             "The vision tower did not run in this forward pass (were image features passed in ready-made?); "
             "pass pixel_values so that the method can choose among their tokens."
         )
-    if selection is not None and selection.features is None and selection.counts == layout.n:
+    untouched = selection is not None and selection.features is None and selection.copies is None
+    if untouched and selection.counts == layout.n:
         in_order = torch.arange(selection.keep.shape[1], device=selection.keep.device)
         if torch.equal(selection.keep.masked_fill(~layout.valid, 0), (in_order * layout.valid)):
             selection = None
@@ -77,13 +85,18 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
 def from_tower(layout: Layout, tower: TowerState) -> Selection:
     """The tokens whose patches the tower let through, in the tower's order where an image is one view."""
     cells = layout.view_grid[0] * layout.view_grid[1]
+    ids, valid, owner = tokens_of(tower)
     if layout.one_view:
-        counts = [tower.ids.shape[1]] * len(layout) if tower.valid is None else tower.valid.sum(1).tolist()
-        return Selection(tower.ids, counts, owner=tower.owner)
-    alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=tower.ids.device)
-    present = torch.ones_like(tower.ids, dtype=torch.bool) if tower.valid is None else tower.valid
-    alive.scatter_(1, tower.ids, present)
-    return Selection.from_mask(layout, layout.with_newlines(layout.of_views(alive, fill=False)))
+        counts = [ids.shape[1]] * len(layout) if valid is None else valid.sum(1).tolist()
+        return Selection(ids, counts, owner=owner)
+    alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=ids.device)
+    present = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    alive.scatter_(1, ids, present)
+    mask = layout.of_views(alive, fill=False)
+    selection = Selection.from_mask(layout, layout.with_newlines(mask) if tower.newlines else mask)
+    if tower.leading and len(layout.view_image) == len(layout):
+        selection.owner = layout.of_views(owner, fill=-1)
+    return selection
 
 
 def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
@@ -93,7 +106,7 @@ def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
     view = layout.view.gather(1, selection.keep)
     cell = layout.cell.gather(1, selection.keep)
     if tower is not None and tower.edited:
-        table = places(tower.ids, tower.cells)
+        table = places(tokens_of(tower)[0], tower.cells // tower.group)
         cell = table[view.clamp_min(0), cell.clamp_min(0)].masked_fill(cell < 0, -1)
     return view, cell
 
