@@ -47,6 +47,10 @@ class Adapter:
     tokenwise_projector: ClassVar[bool] = True
     #: an image may come as several views whose number depends on its size
     tiled: ClassVar[bool] = False
+    #: patches that the projector joins to one token
+    patches_per_token: int = 1
+    #: the tower takes the patches of all views as one sequence [S, C] without padding
+    packed_tower: ClassVar[bool] = False
     #: stages that this family cannot serve, each with the reason
     refused: ClassVar[dict[Stage, str]] = {}
 
@@ -116,11 +120,18 @@ class Adapter:
         attention = self.tower_layers[index].self_attn
         return {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
 
-    def split_qkv(self, index: int, taps: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [V, H, n, d] from the recorded outputs of :meth:`tower_projections`."""
+    def split_qkv(self, index: int, taps: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [V, H, n, d] from the recorded outputs of :meth:`tower_projections`.
+
+        ``taps["arguments"]`` holds the keyword arguments that the layer got. Packed towers give [S, H, d].
+        """
         heads = self.tower_layers[index].self_attn.num_heads
         q, k, v = (taps[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
         return q, k, v
+
+    def tower_arguments(self, kwargs: dict[str, Any], rows: LongTensor, counts: LongTensor) -> dict[str, Any]:
+        """Packed towers: a layer's arguments when only ``rows`` [S'] of the full pack are left, ``counts`` [V] a view."""
+        raise NotImplementedError
 
     def shrink_pixels(self, args: tuple, kwargs: dict, grid: tuple[int, int]) -> tuple[tuple, dict]:
         """Tower arguments with the views resized to ``grid`` patches (rows, columns)."""
@@ -136,7 +147,7 @@ class Adapter:
 
     # projector --------------------------------------------------------------------------------------------------
     def projector_rows(self, inputs: Tensor) -> Tensor:
-        """The projector's input as [V, N, C]: one row per visual token that it will yield."""
+        """The projector's input as [V, N, C]: one row per visual token that it will yield. Packed towers: [S, C]."""
         return inputs
 
     def projector_input(self, rows: Tensor, stock: Tensor) -> Tensor:
@@ -144,7 +155,7 @@ class Adapter:
         return rows
 
     def projector_output(self, table: Tensor) -> Tensor:
-        """[V, N, C'] in the form that the outer model expects from the projector."""
+        """[V, N, C'] ([S, C'] of a packed tower) in the form that the outer model expects from the projector."""
         return table
 
     # language model ---------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ class Layout:
     ``view`` and ``cell`` [I, n_max]: the crop or frame of each token (index along the tower's batch) and the row of
     the projector's output in it; ``cell`` is ``NEWLINE`` for tokens without a patch. ``row``, ``col``: place in ``grid``
     (frames of a video are stacked as further rows). ``valid`` marks the tokens that exist. ``view_image`` [V]: the
-    image that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells.
+    image that each view belongs to, ``view_grid`` the (rows, columns) of one view's cells. Where views differ in size,
+    ``view_n[v]`` is how many cells view v has, and ``view_grid`` is (1, the most).
 
     Tiled images: ``tiles[i]`` (rows, columns) of the crops that image i was cut into, in raster order among its views,
     and ``thumbnail`` [V] marks the views that show a whole image once more in small. ``grid`` is then the picture
@@ -52,6 +53,7 @@ class Layout:
     source: list[int] = field(default_factory=list)
     tiles: list[tuple[int, int]] = field(default_factory=list)
     thumbnail: Tensor | None = None
+    view_n: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.n)
@@ -83,6 +85,11 @@ class Layout:
     def patch(self) -> Tensor:
         """[I, n_max] bool: tokens that stand for a vision patch (no newline, no padding)."""
         return self.valid & (self.cell >= 0)
+
+    @property
+    def view_sizes(self) -> list[int]:
+        """Number of cells of every view."""
+        return self.view_n or [self.view_grid[0] * self.view_grid[1]] * len(self.view_image)
 
     @property
     def one_view(self) -> bool:
@@ -137,7 +144,7 @@ class Layout:
             n, [self.grid[i] for i in source], [self.kind[i] for i in source], self.view[pick], self.cell[pick],
             self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
             torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
-            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail,
+            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail, self.view_n,
         )  # fmt: skip
 
 

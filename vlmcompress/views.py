@@ -28,7 +28,8 @@ class TowerLayer:
 
     ``hidden`` [V, prefix + n, C]: its output. ``q``, ``k``, ``v`` [V, H, prefix + n, d]: its projections, as the
     layer's own attention used them. ``ids`` [V, n]: original cell of every patch; ``valid`` [V, n] or None;
-    ``bias`` [V, prefix + n] or None: what is added to attention logits per key (padding, merged sizes).
+    ``bias`` [V, prefix + n] or None: what is added to attention logits per key (padding, merged sizes). The projector
+    joins ``group`` patches to a token: patch ``group · c + j`` belongs to cell c.
     """
 
     index: int
@@ -45,6 +46,7 @@ class TowerLayer:
     valid: Tensor | None
     bias: Tensor | None
     layout: Layout
+    group: int = 1
     _following: Callable[[], Tensor] | None = None
 
     @property
@@ -55,6 +57,10 @@ class TowerLayer:
     def patches(self) -> Tensor:
         """[V, n, C] output rows without the special tokens."""
         return self.hidden[:, self.prefix :]
+
+    def per_token(self, per_patch: Tensor) -> Tensor:
+        """[V, n] per patch → [V, n / group]: the sum over the patches that make up a token."""
+        return per_patch if self.group == 1 else per_patch.unflatten(1, (-1, self.group)).sum(-1)
 
     def cls_row(self) -> Tensor:
         """[V, n] fp32: mean over heads of the softmax of the CLS query over all keys; the CLS column dropped."""
@@ -89,7 +95,9 @@ class TowerEdit:
     ``keep`` [V, n']: local indices in the order in which they go on (representatives where patches were merged);
     ``hidden`` [V, n', C]: new rows, default the gathered ones; ``valid`` [V, n']; ``owner`` [V, n]: place in ``keep``
     that took in each present patch (-1: dropped); ``bias`` [V, n']: added to the attention logits of these keys from
-    now on (log of merged sizes).
+    now on (log of merged sizes). ``newlines``: whether the newline of every row of a tiled picture that keeps a token
+    stays. ``leading``: where the projector joins patches of different cells to a token, which then has no place of its
+    own, tokens take their image's first places.
     """
 
     keep: LongTensor
@@ -97,6 +105,8 @@ class TowerEdit:
     valid: Tensor | None = None
     owner: LongTensor | None = None
     bias: Tensor | None = None
+    newlines: bool = True
+    leading: bool = False
 
 
 # ENTRY ----------------------------------------------------------------------------------------------------------
@@ -156,6 +166,19 @@ class EntryTokens:
             return Selection.from_mask(layout, layout.with_newlines(mask))
         whole = (mask | ~layout.patch).all(1, keepdim=True)
         return Selection.from_mask(layout, mask | whole)
+
+    def pixels_of(self, image: int) -> Tensor | None:
+        """What the tower saw of one image: [views, ...], or [patches, ...] where the tower takes a pack of patches."""
+        pixels, sizes = self.pixel_values, self.layout.view_sizes
+        if pixels is None:
+            return None
+        mine = (self.layout.view_image == image).tolist()
+        if len(pixels) == len(mine):
+            return pixels[torch.tensor(mine, device=pixels.device)]
+        if len(pixels) % sum(sizes):
+            return None
+        pieces = pixels.split([n * (len(pixels) // sum(sizes)) for n in sizes])
+        return torch.cat([piece for piece, ours in zip(pieces, mine, strict=True) if ours])
 
     def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
         """[V, N, ...] per view and cell → [I, n_max, ...] in image order."""

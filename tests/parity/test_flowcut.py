@@ -8,10 +8,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from vectors import cases
 
 import vlmcompress
+from vlmcompress.methods.flowcut import FlowCut
 from vlmcompress.ops.flowcut import cut_sizes, entropy_ratio, flow_score, shares, value_magnitude
 
 
@@ -124,3 +132,76 @@ def test_functions(path):
         n = torch.full((case["B"],), case["N"])
         amount = cut_sizes(entropy_ratio(shares(attention), n), n, torch.full_like(n, case["target_num"]), case["rpl"])
         assert round(float(amount.max())) == case["prune_num"]
+
+
+def build_qwen(info, tensors):
+    ids = {k: info[k] for k in ("image_token_id", "vision_start_token_id", "vision_end_token_id")}
+    rope = {"rope_type": "default", "rope_theta": info["text_config"]["rope_theta"]}
+    text = {k: v for k, v in info["text_config"].items() if k not in ("rope_theta", "mrope_section")}
+    text["rope_parameters"] = {**rope, "mrope_section": info["text_config"]["mrope_section"]}
+    config = Qwen2VLConfig(vision_config=info["vision_config"], text_config=text, video_token_id=119, **ids)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    model.model.visual.load_state_dict(pick(tensors, "w.visual."))
+    if any(k.startswith("w.model.") for k in tensors):
+        model.model.language_model.load_state_dict(pick(tensors, "w.model."))
+        model.lm_head.load_state_dict(pick(tensors, "w.lm_head."))
+    return model
+
+
+def qwen_prompt(info, tensors):
+    grid = tensors["in.grid_thw"]
+    if "in.input_ids" in tensors:
+        ids = tensors["in.input_ids"]
+    else:
+        image = torch.full((int(grid.prod()) // 4,), info["image_token_id"])
+        ids = torch.cat([torch.tensor([5, 121]), image, torch.tensor([122, 6])])[None]
+    kinds = (ids == info["image_token_id"]).int()
+    return {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values": tensors["in.pixel_values"], "image_grid_thw": grid}
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("qwen2vl_vit", "qwen2vl_end_to_end")), ids=lambda p: p.stem)
+@torch.no_grad()
+def test_qwen2_vl(path):
+    info, tensors = read(path)
+    model, inputs = build_qwen(info, tensors), qwen_prompt(info, tensors)
+    seen = {}
+    method = FlowCut(keep=info["target_num"]) if "out.logits" in tensors else FlowCut(keep=info["target_num"], llm_layer=0)
+    with vlmcompress.compress(model, method) as handle:
+        hook = model.model.visual.merger.register_forward_hook(lambda m, a, out: seen.update(merged=out))
+        logits = model(**inputs).logits
+        hook.remove()
+        tower = handle._local.vision.tower
+        last = handle.last
+        kept = last.samples[0].images[0].kept
+        new = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert tower.ids[0].equal(tensors["out.keep_patch_indices"])
+    assert last.tower_tokens == [row["patches_in"] for row in info["schedule"]]
+    # released code: merged tokens take the first places, whatever their patches
+    assert kept.tolist() == list(range(info["vit_target_patches"] // 4))
+    if "out.merged" in tensors:
+        torch.testing.assert_close(seen["merged"], tensors["out.merged"], atol=2e-4, rtol=1e-4)
+    if "out.logits" not in tensors:
+        return
+    length = inputs["input_ids"].shape[1]
+    assert last.positions[-3:, 0].equal(
+        tensors["in.position_ids"][:, 0, torch.cat([torch.arange(3 + len(kept)), torch.arange(3 + 80, length)])]
+    )
+    kept = last.samples[0].images[0].kept_at(2)
+    assert kept.equal(tensors["out.llm_keep"])
+    stays = torch.cat([torch.arange(3), 3 + kept, torch.arange(3 + info["visual_tokens_full"], length)])
+    torch.testing.assert_close(logits[0, stays], tensors["out.logits"], atol=1e-3, rtol=1e-3)
+    assert new[0, length:].tolist() == tensors["out.generated"].tolist()
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("qwen_functions",)), ids=lambda p: p.stem)
+def test_qwen_functions(path):
+    info, tensors = read(path)
+    for case in info["cases"]:
+        attention, similarity, value = (tensors[f"{case['id']}.in.{name}"] for name in ("attn", "sem", "value"))
+        magnitude = value_magnitude(value[None, None])
+        vit, llm = tensors[f"{case['id']}.out.score_vit"], tensors[f"{case['id']}.out.score_llm"]
+        torch.testing.assert_close(flow_score(attention, None, magnitude), vit, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(flow_score(attention, similarity, magnitude), llm, atol=1e-5, rtol=1e-4)
+        n, target = torch.tensor([case["N"]]), torch.tensor([case["target_num"]])
+        amount = cut_sizes(entropy_ratio(attention, n, 1e-7), n, target, case["rpl"])
+        assert round(float(amount)) == case["prune_num"]

@@ -46,9 +46,5 @@ class Random(Method):
     @staticmethod
     def _digest(tokens: EntryTokens, image: int) -> int:
         """Number that identifies the image's pixels."""
-        if tokens.pixel_values is None:
-            return 0
-        mine = (tokens.layout.view_image == image).to(tokens.pixel_values.device)
-        if tokens.pixel_values.shape[0] != len(mine):
-            return 0
-        return zlib.crc32(tokens.pixel_values[mine].float().cpu().numpy().tobytes())
+        pixels = tokens.pixels_of(image)
+        return 0 if pixels is None else zlib.crc32(pixels.float().cpu().numpy().tobytes())

@@ -175,7 +175,8 @@ def _first_frame(run: Run, embeds: Tensor, positions: str, mrope: bool) -> Frame
     else:
         new, total = _pick(contiguous(base, dropped, keep, mrope), in_place), dropped.sum(1)
         if mrope:
-            total = (base[0] - contiguous(base, dropped, keep, mrope)[0])[:, -1]
+            # the last axis: the first may count text tokens only
+            total = (base[-1] - contiguous(base, dropped, keep, mrope)[-1])[:, -1]
     return Frame(
         index, valid if ragged else None, image.gather(1, index), list(selection.counts), new, rows[:, 0], total
     )
@@ -220,7 +221,7 @@ def cut(run: Run, mask: Tensor, counts: list[int], layer: int, positions: str, m
     else:
         closed = contiguous(frame.positions, dropped, keep, mrope)
         new = _pick(closed, select)
-        lost = dropped.sum(1) if not mrope else (frame.positions[0] - closed[0])[:, -1]
+        lost = dropped.sum(1) if not mrope else (frame.positions[-1] - closed[-1])[:, -1]
         total = lost if frame.total_shift is None else frame.total_shift + lost
     ragged = len(set(lengths)) > 1
     return Frame(

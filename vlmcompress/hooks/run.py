@@ -30,6 +30,10 @@ class TowerState:
     bias: Tensor | None = None  # [V, n] added to attention logits per key
     edited: bool = False
     tokens: list[int] = field(default_factory=list)
+    group: int = 1  # patches that the projector joins to a token; ids are then patches, group · token + place in it
+    sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped
+    newlines: bool = True  # whether newlines of rows with a kept token stay
+    leading: bool = False  # whether tokens stand in their image's first places instead of their own
 
 
 @dataclass

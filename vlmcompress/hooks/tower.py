@@ -7,7 +7,7 @@ Linears included).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ops.scores import folded_cls_logits
 from ..views import TowerEdit, TowerLayer
 from .masks import require_mask_support
+from .packed import pack, present_rows, start, unpack
 from .run import TowerState, Vision
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None
     """Hook the vision layers that ``methods`` ask for; ``vision.release()`` takes the hooks off."""
     wanted = {m: frozenset(m.tower_layers(adapter)) for m in methods}
     layers = adapter.tower_layers
-    views, cells = len(vision.layout.view_image), vision.layout.view_grid[0] * vision.layout.view_grid[1]
-    device = vision.layout.cell.device
-    vision.tower = TowerState(ids=torch.arange(cells, device=device).expand(views, -1), cells=cells)
+    vision.tower = start(vision.layout, adapter.patches_per_token)
     vision.handles += _shrink_pixels(vision, methods, adapter)
     for index, block in enumerate(layers):
         callers = [m for m in methods if index in wanted[m]]
@@ -62,18 +61,34 @@ def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> l
 
 
 def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Method], adapter: Adapter) -> list:
-    taps: dict[str, Tensor] = {}
-    hooks = [block.register_forward_pre_hook(lambda m, a, k: _before(vision, adapter, a, k), with_kwargs=True)]
+    taps: dict[str, Any] = {}
+
+    def before(module: nn.Module, args: tuple, kwargs: dict):
+        changed = _before(vision, adapter, args, kwargs)
+        if callers:
+            taps["arguments"] = kwargs if changed is None else changed[1]
+        return changed
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True)]
     if callers:
         for name, module in adapter.tower_projections(index).items():
             hooks.append(module.register_forward_hook(_tap(taps, name)))
 
         def after(module: nn.Module, args: tuple, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            edited = _call(vision, index, hidden, adapter.split_qkv(index, taps), callers, adapter)
+            qkv = adapter.split_qkv(index, taps)
             taps.clear()
+            tower = vision.tower
+            assert tower is not None
+            if adapter.packed_tower:
+                views = len(tower.ids)
+                hidden = unpack(hidden, tower.valid, views)
+                qkv = [unpack(x, tower.valid, views).transpose(1, 2) for x in qkv]
+            edited = _call(vision, index, hidden, qkv, callers, adapter)
             if edited is None:
                 return None
+            if adapter.packed_tower:
+                edited = pack(edited, tower.valid)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         # in front of other hooks, so that recorded hidden states are those that go on
@@ -81,7 +96,7 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
     return hooks
 
 
-def _tap(taps: dict[str, Tensor], name: str):
+def _tap(taps: dict[str, Any], name: str):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         taps[name] = output
 
@@ -93,6 +108,9 @@ def _before(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
     tower = vision.tower
     assert tower is not None
     hidden = args[0] if args else kwargs["hidden_states"]
+    if adapter.packed_tower:
+        tower.tokens.append(len(hidden))
+        return (args, adapter.tower_arguments(kwargs, *present_rows(tower))) if tower.edited else None
     tower.tokens.append(hidden.shape[0] * hidden.shape[1])
     bias = _key_bias(tower, adapter.tower_prefix)
     if bias is None:
@@ -124,7 +142,7 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
             index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden,
             q=q, k=k, v=v, scale=adapter.tower_scale,
             prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
-            bias=_key_bias(tower, prefix), layout=vision.layout,
+            bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
             _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
         )  # fmt: skip
         edit = method.tower(layer, vision.state(method))
@@ -161,7 +179,7 @@ def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> T
         local = edit.owner if edit.owner is not None else places(keep, tower.ids.shape[1])
         tower.owner = local.gather(1, before.clamp_min(0)).masked_fill(before < 0, -1)
     tower.ids = tower.ids.gather(1, keep)
-    tower.valid = edit.valid
+    tower.valid, tower.newlines, tower.leading = edit.valid, edit.newlines, edit.leading
     tower.bias = (
         edit.bias if edit.bias is not None else (tower.bias.gather(1, keep) if tower.bias is not None else None)
     )

@@ -38,6 +38,9 @@ class FlowCut(Method):
     Tiled images and towers without a CLS token stop at about twice the budget, and a second cut, behind decoder layer
     ``llm_layer``, goes down to it by the same score with the last prompt token in the place of CLS.
 
+    Towers without a CLS token take the mean query in its place and run through to their last layer. Where the projector
+    joins blocks of patches to tokens, ``variant`` decides what becomes of the blocks.
+
     Differs from the official code: scores are fp32 and read off the layer's own projections; ties go to the lowest
     index; images of a batch do not share the number of patches to drop (the crops of one image do, as published) unless
     ``official_coupling``; several images of a prompt are ranked one by one; a budget that all tokens fit in changes
@@ -55,6 +58,10 @@ class FlowCut(Method):
             layers).
         official_coupling: all images of a batch drop the same number of patches at every cut, the largest of them, as
             in the released code.
+        variant: towers without a CLS token only. "official" is the released code: no similarity term, and single patches
+            are kept, so that the projector joins patches of different blocks and the resulting tokens take the first
+            positions of their image. "aligned" (ours): the similarity of the values to the mean value counts as in the
+            paper, whole blocks are kept by the sum of their patches' scores, and every token keeps its own position.
     """
 
     keep: int | float = 64
@@ -63,6 +70,7 @@ class FlowCut(Method):
     first_prune_layer: int = 0
     llm_layer: int | None = 1
     official_coupling: bool = False
+    variant: str = "official"
 
     summary: ClassVar[str] = "progressive cuts inside the vision tower, their size by attention entropy"
     paper: ClassVar[str] = "arXiv 2505.19536"
@@ -77,6 +85,8 @@ class FlowCut(Method):
             raise ValueError(f"every is a number of vision layers, at least 1, not {self.every!r}.")
         if self.first_prune_layer < 0:
             raise ValueError(f"first_prune_layer is a vision layer counted from 0, not {self.first_prune_layer!r}.")
+        if self.variant not in ("official", "aligned"):
+            raise ValueError(f"variant is 'official' or 'aligned', not {self.variant!r}.")
         if self.llm_layer is None:
             object.__setattr__(self, "stages", frozenset({Stage.TOWER}))
         elif self.llm_layer < 0:
@@ -92,7 +102,9 @@ class FlowCut(Method):
             )
         depth = len(adapter.decoder_layers)
         if self._cuts_inside(adapter) and self.llm_layer >= depth - 1:
-            raise ValueError(f"llm_layer {self.llm_layer} leaves nothing to save: this language model has {depth} layers.")
+            raise ValueError(
+                f"llm_layer {self.llm_layer} leaves nothing to save: this language model has {depth} layers."
+            )
 
     @staticmethod
     def _last_cut(feature_layer: int, has_cls: bool) -> int:
@@ -107,13 +119,11 @@ class FlowCut(Method):
         return range(self._last_cut(adapter.feature_layer, adapter.has_cls) + 1)
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
-        counts: list[int] = state.setdefault("counts", [layer.n] * len(layer.ids))
-        targets = state.setdefault("targets", self._targets(layer.layout, layer.has_cls))
+        counts: list[int] = state.setdefault("counts", [n * layer.group for n in layer.layout.view_sizes])
+        targets = state.setdefault("targets", [n * layer.group for n in self._targets(layer.layout, layer.has_cls)])
         if all(n <= t for n, t in zip(counts, targets, strict=True)):
             return None
-        attention = layer.cls_row()
-        similarity = attention_row(layer.v[:, :, 0], layer.v, 1.0, layer.bias).mean(1)[:, layer.prefix :]
-        score = flow_score(attention, similarity, value_magnitude(layer.v[:, :, layer.prefix :]))
+        attention, score = self._score(layer)
         running = score if "running" not in state else torch.lerp(score, state["running"], self.history)
         state["running"] = running
         state["flops"] = state.get("flops", 0) + 4 * layer.v.numel()
@@ -121,8 +131,9 @@ class FlowCut(Method):
         left = self._last_cut(layer.feature_layer, layer.has_cls) - layer.index
         if left % self.every or layer.index < self.first_prune_layer:
             return None
+        block = 1 if self.variant == "official" else layer.group
         if left:
-            new = self._shorter(shares(attention), counts, targets, left, layer.layout)
+            new = self._shorter(attention, counts, targets, left, layer, block)
         else:
             new = [min(n, t) for n, t in zip(counts, targets, strict=True)]
         self._publish(running, layer, state)
@@ -130,42 +141,57 @@ class FlowCut(Method):
             return None
         state["counts"] = new
         ranked = running if layer.valid is None else running.masked_fill(~layer.valid, float("-inf"))
-        keep = top_indices(ranked, new)
+        keep = top_blocks(ranked, new, block)
         state["running"] = running.gather(1, keep)
-        return TowerEdit(keep, valid=real_places(new, keep))
+        leading = layer.group > 1 and self.variant == "official"
+        return TowerEdit(keep, valid=real_places(new, keep), newlines=False, leading=leading)
+
+    def _score(self, layer: TowerLayer) -> tuple[Tensor, Tensor]:
+        """Attention of the global token and the score of this layer, [V, n] fp32 each."""
+        patches = layer.v[:, :, layer.prefix :]
+        if layer.has_cls:
+            attention = layer.cls_row()
+            similarity = attention_row(layer.v[:, :, 0], layer.v, 1.0, layer.bias).mean(1)[:, layer.prefix :]
+            return shares(attention), flow_score(attention, similarity, value_magnitude(patches))
+        attention = attention_row(mean_token(layer.q, layer.valid), layer.k, layer.scale, layer.bias).mean(1)
+        similarity = None
+        if self.variant == "aligned":
+            similarity = attention_row(mean_token(patches, layer.valid), patches, layer.scale, layer.bias).mean(1)
+        return attention, flow_score(attention, similarity, value_magnitude(patches))
 
     def _targets(self, layout: Layout, has_cls: bool) -> list[int]:
-        """Patches that each view keeps in the tower."""
-        owners = layout.view_image.tolist()
-        cells = layout.view_grid[0] * layout.view_grid[1]
-        found = []
-        for image in owners:
-            views, budget = owners.count(image), tokens_to_keep(self.keep, layout.n[image])
-            if self.llm_layer is None or (views == 1 and has_cls):
-                found.append(min(cells, max(1, budget // views)))
+        """Tokens for which each view keeps patches in the tower."""
+        owners, found = layout.view_image.tolist(), []
+        for image, cells in zip(owners, layout.view_sizes, strict=True):
+            budget = tokens_to_keep(self.keep, layout.n[image])
+            if layout.thumbnail is not None and self.llm_layer is not None:
+                goal = budget // 2
             else:
-                found.append(min(cells, max(1, budget // 2)))
+                goal = budget * (1 if has_cls or self.llm_layer is None else 2) // owners.count(image)
+            found.append(min(cells, max(1, goal)))
         return found
 
     def _shorter(
-        self, weights: Tensor, counts: list[int], targets: list[int], left: int, layout: Layout
-    ) -> list[int]:  # fmt: skip
-        """Patches of each view behind a cut that is not the last one."""
+        self, weights: Tensor, counts: list[int], targets: list[int], left: int, layer: TowerLayer, block: int
+    ) -> list[int]:
+        """Patches of each view behind a cut that is not the last one; whole blocks leave."""
         n, target = (torch.tensor(x, device=weights.device) for x in (counts, targets))
-        drop = cut_sizes(entropy_ratio(weights, n), n, target, left).tolist()
-        owners = [0] * len(counts) if self.official_coupling else layout.view_image.tolist()
+        ratio = entropy_ratio(weights, n, 0.0 if layer.has_cls else 1e-7)
+        drop = (cut_sizes(ratio, n, target, left) / block).tolist()
+        owners = [0] * len(counts) if self.official_coupling else layer.layout.view_image.tolist()
         most = {image: max(d for d, i in zip(drop, owners, strict=True) if i == image) for image in set(owners)}
-        return [min(n, max(n - round(most[i]), t)) for n, t, i in zip(counts, targets, owners, strict=True)]
+        return [min(n, max(n - block * round(most[i]), t)) for n, t, i in zip(counts, targets, owners, strict=True)]
 
     @staticmethod
     def _publish(running: Tensor, layer: TowerLayer, state: dict) -> None:
         """The last running score of every cell, for heat maps; dropped ones keep the one that they were dropped with."""
-        cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
-        table = state.get("table")
-        table = running.new_zeros(len(running), cells) if table is None else table
+        if "table" not in state:
+            cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
+            state["table"] = running.new_zeros(len(running), cells * layer.group)
+        table = state["table"]
         kept = running if layer.valid is None else torch.where(layer.valid, running, table.gather(1, layer.ids))
         state["table"] = table.scatter(1, layer.ids, kept)
-        state["scores"] = layer.layout.of_views(state["table"])
+        state["scores"] = layer.layout.of_views(layer.per_token(state["table"]))
 
     # PREFILL ----------------------------------------------------------------------------------------------------
     def cut_layers(self, adapter: Adapter) -> Collection[int]:
@@ -203,6 +229,22 @@ def last_token_score(layer: PrefillLayer) -> Tensor:
     query = values.gather(2, last[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[-1]))
     similarity = attention_row(query[rows[:, 0], :, 0], visual, values.shape[-1] ** -0.5, bias).mean(1)
     return flow_score(attention, similarity, value_magnitude(visual)).masked_fill(~valid, float("-inf"))
+
+
+def mean_token(x: Tensor, valid: Tensor | None) -> Tensor:
+    """[V, H, n, d] → [V, H, d] fp32: the mean over the real tokens."""
+    if valid is None:
+        return x.float().mean(2)
+    weight = valid.float() / valid.sum(1, keepdim=True)
+    return torch.einsum("vhnd,vn->vhd", x.float(), weight)
+
+
+def top_blocks(scores: Tensor, counts: list[int], block: int) -> LongTensor:
+    """:func:`top_indices` of whole runs of ``block`` neighbours, by the sum of their scores [V, n]."""
+    if block == 1:
+        return top_indices(scores, counts)
+    best = top_indices(scores.unflatten(1, (-1, block)).sum(-1), [n // block for n in counts])
+    return (best[..., None] * block + torch.arange(block, device=best.device)).flatten(1)
 
 
 def real_places(counts: list[int], like: LongTensor) -> Tensor | None:

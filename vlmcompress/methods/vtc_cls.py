@@ -76,8 +76,9 @@ class VtcCls(Method):
             row = layer.cls_row()
             work = 4 * layer.n * layer.q.shape[1] * layer.q.shape[-1] * len(row)
         else:
-            row = received_attention(layer.q, layer.k, layer.scale, layer.bias)
+            row = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid)
             work = 2 * layer.n**2 * layer.q.shape[1] * layer.q.shape[-1] * len(row)
+        row = layer.per_token(row)
         state["sum"] = row if "sum" not in state else state["sum"] + row
         state["flops"] = state.get("flops", 0) + work
 

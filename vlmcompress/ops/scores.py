@@ -80,7 +80,7 @@ def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: floa
 
 
 def received_attention(
-    query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None, chunk: int = 256
+    query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None, valid: Tensor | None = None, chunk: int = 256
 ) -> Tensor:
     """Attention that each key receives: mean over heads and over all queries, in row chunks.
 
@@ -88,15 +88,17 @@ def received_attention(
         query, keys: [B, H, n, d].
         scale: factor on the logits.
         bias: [B, n] added to the logits of every key, or None.
+        valid: [B, n] queries that count, or None for all.
         chunk: query rows at a time; memory is B · H · chunk · n floats.
 
     Returns:
         [B, n] fp32.
     """
     total = torch.zeros(keys.shape[0], keys.shape[2], device=keys.device)
-    for rows in query.float().split(chunk, dim=2):
+    weight = query.new_ones(query.shape[0], query.shape[2], dtype=torch.float32) if valid is None else valid.float()
+    for rows, counted in zip(query.float().split(chunk, dim=2), weight.split(chunk, dim=1), strict=True):
         logits = (rows * scale) @ keys.float().mT
         if bias is not None:
             logits = logits + bias[:, None, None].float()
-        total += logits.softmax(-1).sum(dim=2).mean(dim=1)
-    return total / query.shape[2]
+        total += torch.einsum("bhqn,bq->bn", logits.softmax(-1), counted) / query.shape[1]
+    return total / weight.sum(1, keepdim=True)
