@@ -21,7 +21,7 @@ from vlmcompress.training.tower import TowerConfig, TowerWithHeads
 
 SMALL = Recipe(
     tower=TowerConfig(hidden_size=32, layers=2, heads=2), hidden_size=32, layers=2, heads=2, questions=4,
-    tower_steps=4, tower_batch=4, language_steps=3, easy_steps=1, joint_steps=3, batch=2,
+    tower_steps=4, tower_batch=4, language_steps=3, easy_steps=1, last_steps=3, batch=2,
     measure_every=2, save_every=2, validation_images=4,
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_recipe_makes_a_loadable_model(tmp_path):
     assert isinstance(model, LlavaForConditionalGeneration)
     assert processor.image_token_id == model.config.image_token_id
     assert (out / "training.png").stat().st_size > 1000
-    for stage in ("tower", "language", "joint"):
+    for stage in ("tower", "language", "last"):
         log = json.loads((tmp_path / "work" / stage / "log.json").read_text())
         assert log[-1]["train_loss"] > 0
         assert (tmp_path / "work" / stage / "measures.jsonl").read_text().count("\n") == 2

@@ -32,7 +32,7 @@ def tiny_llava(
     if not 0 < share <= 1:
         raise typer.BadParameter(f"share must be in (0, 1], got {share}")
     recipe = Recipe(seed=seed, threads=threads)
-    names = ("tower_steps", "language_steps", "easy_steps", "joint_steps")
+    names = ("tower_steps", "language_steps", "easy_steps", "last_steps")
     recipe = replace(recipe, **{name: max(1, round(share * getattr(recipe, name))) for name in names})
     work = work or output.with_name(output.name + "-work")
     typer.echo(f"Wrote {train_tiny_llava(recipe, output, work, resume)}")

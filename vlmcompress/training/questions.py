@@ -110,10 +110,8 @@ def _existence(scene: Scene, rng):
     for thing in scene.shapes:
         yield f"is there a {thing.color} {thing.kind}", "yes"
         # a near miss: the shape in another colour, or the colour on another shape
-        if rng.random() < 0.5:
-            near = f"{rng.choice(list(COLORS))} {thing.kind}"
-        else:
-            near = f"{thing.color} {rng.choice(SHAPES)}"
+        other_color = rng.random() < 0.5
+        near = f"{rng.choice(list(COLORS))} {thing.kind}" if other_color else f"{thing.color} {rng.choice(SHAPES)}"
         if near not in pairs:
             yield f"is there a {near}", "no"
 

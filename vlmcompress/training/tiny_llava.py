@@ -2,8 +2,10 @@
 """The recipe of tiny-llava, from nothing to a model folder, in three stages with the Hugging Face Trainer.
 
 1. tower: the CLIP tower on captions (`tower.py`);
-2. language: projector and Llama from scratch on the frozen tower, easy scenes first;
-3. joint: everything, scenes and easy-VQA's training split.
+2. language: projector and Llama from scratch on the frozen tower, easy scenes first, at a constant rate;
+3. last: the same with larger digits and a falling rate; with ``unfreeze`` the tower learns too, beside its own losses.
+
+Stages 2 and 3 hold easy-VQA's training split besides scenes.
 """
 
 from collections import defaultdict
@@ -20,8 +22,7 @@ from .runs import Measure, plot, settings, train
 from .scenes import SceneConfig
 from .tower import FEATURE_LAYER, TowerConfig, TowerWithHeads, measure_tower
 
-TOWER_SHARE = 0.7  # weight of the tower's own losses in stage 3
-DIGIT_SHARE = 3.0  # and of the digit head among them: digits are learnt last
+TOWER_SHARE = 0.5  # weight of the tower's own losses in stage 3
 SMALL_DIGITS = SceneConfig(digit_share=0.5, digit_sizes=(14, 20), label_size=20)
 VALIDATION_SEED = 77_000_000  # training scenes use the run's seed plus the stage, the test set its own (testset.py)
 
@@ -42,12 +43,13 @@ class Recipe:
     tower_batch: int = 64
     language_steps: int = 800
     easy_steps: int = 400
-    joint_steps: int = 900
+    last_steps: int = 450
+    unfreeze: bool = False  # whether the tower learns in stage 3
     batch: int = 16
     easy_vqa_share: float = 0.2
     tower_rate: float = 1.5e-3
     language_rate: float = 1e-3
-    joint_rate: float = 8e-4
+    last_rate: float = 8e-4
     validation_images: int = 250
     measure_every: int = 250
     save_every: int = 200
@@ -105,22 +107,22 @@ def build_llava(recipe: Recipe, processor, tower: TowerWithHeads) -> LlavaForCon
     return model
 
 
-class JointModel(nn.Module):
-    """LLaVA and the heads of stage 1 on one tower.
+class AnswerModel(nn.Module):
+    """LLaVA as the Trainer sees it, in stage 3 optionally with the heads of stage 1 on the same tower.
 
-    The language model reads the last but one layer. Without the tower's own losses the CLS token in the last layer
-    would lose touch with the layers below it while they change.
+    A plain module on purpose: a LLaVA checkpoint is saved under other names than those of its modules, and the Trainer's
+    resume would pass over all of them without a word. With ``tower`` the tower learns too; without the tower's own
+    losses the CLS token in the last layer would lose touch with the layers below it, which LLaVA reads.
     """
 
-    def __init__(self, llava: LlavaForConditionalGeneration, tower: TowerWithHeads):
+    def __init__(self, llava: LlavaForConditionalGeneration, tower: TowerWithHeads | None = None):
         super().__init__()
         self.llava, self.tower = llava, tower
-        self.tower.clip.vision_model = None  # the tower lives in LLaVA
+        if tower is not None:
+            tower.clip.vision_model = None  # the tower lives in LLaVA
 
-    def forward(
-        self, pixel_values, input_ids, attention_mask, position_ids, labels, caption_ids, caption_mask,
-        color, kind, digit,
-    ):  # fmt: skip
+    def forward(self, pixel_values, input_ids, attention_mask, position_ids, labels, **tower_labels):
+        """What the collators make → loss."""
         core = self.llava.model
         seen = core.vision_tower(pixel_values, output_hidden_states=True)
         image = core.multi_modal_projector(seen.hidden_states[FEATURE_LAYER][:, 1:])
@@ -130,33 +132,34 @@ class JointModel(nn.Module):
             inputs_embeds=embeds.masked_scatter(here, image.to(embeds.dtype)), attention_mask=attention_mask,
             position_ids=position_ids, labels=labels, use_cache=False,
         )  # fmt: skip
-        kept = self.tower.losses(seen, caption_ids, caption_mask, color, kind, digit, DIGIT_SHARE)
-        return {"loss": answer.loss + TOWER_SHARE * kept["loss"], "answer_loss": answer.loss.detach()}
+        kept = 0.0 if self.tower is None else TOWER_SHARE * self.tower.losses(seen, **tower_labels)["loss"]
+        return {"loss": answer.loss + kept}
 
 
-def train_language(recipe: Recipe, folder: Path, processor, model, tower: TowerWithHeads | None, resume: bool):
-    """Stage 2 (without ``tower``: frozen, easy scenes first) or 3 (with it: all weights)."""
+def train_answers(
+    recipe: Recipe, folder: Path, processor, model, tower: TowerWithHeads | None, last: bool, resume: bool
+):
+    """Stage 2, or stage 3 with ``last``; the tower is frozen unless its heads are given in ``tower``."""
     done = folder / "model"
     if resume and done.exists():
         return LlavaForConditionalGeneration.from_pretrained(done)
-    joint = tower is not None
-    model.model.vision_tower.requires_grad_(joint)
-    steps, rate = (recipe.joint_steps, recipe.joint_rate) if joint else (recipe.language_steps, recipe.language_rate)
-    seed, length = recipe.seed + (3 if joint else 2), steps * recipe.batch
+    model.model.vision_tower.requires_grad_(tower is not None)
+    steps, rate = (recipe.last_steps, recipe.last_rate) if last else (recipe.language_steps, recipe.language_rate)
+    seed, length = recipe.seed + (3 if last else 2), steps * recipe.batch
     dataset = QuestionDataset(
-        seed, length, recipe.scenes if joint else recipe.early_scenes, recipe.questions,
-        easy_until=0 if joint else recipe.easy_steps * recipe.batch,
+        seed, length, recipe.scenes if last else recipe.early_scenes, recipe.questions,
+        easy_until=0 if last else recipe.easy_steps * recipe.batch,
         easy_vqa=EasyVQA("train", processor.image_processor), easy_vqa_share=recipe.easy_vqa_share,
-        patch=recipe.tower.patch_size if joint else 0,
+        patch=0 if tower is None else recipe.tower.patch_size,
     )  # fmt: skip
     collator = QuestionCollator(processor.tokenizer, recipe.image_tokens, seed)
     args = settings(
         folder, steps, recipe.batch, rate, seed, save_steps=recipe.save_every, label_names=["labels"],
-        lr_scheduler_type="cosine" if joint else "constant_with_warmup",
+        lr_scheduler_type="cosine" if last else "constant_with_warmup", warmup_steps=min(30 if last else 100, steps // 5),
     )  # fmt: skip
-    measure = Measure(lambda m: measure_validation(m.llava if joint else m, recipe, processor), recipe.measure_every)
-    trained = JointModel(model, tower) if joint else model
-    train(trained, args, dataset, JointCollator(collator) if joint else collator, measure, resume)
+    measure = Measure(lambda m: measure_validation(m.llava, recipe, processor), recipe.measure_every)
+    trained = AnswerModel(model, tower)
+    train(trained, args, dataset, collator if tower is None else JointCollator(collator), measure, resume)
     model.requires_grad_(True).save_pretrained(done)
     return model
 
@@ -199,9 +202,9 @@ def train_tiny_llava(recipe: Recipe, output: Path, work: Path, resume: bool = Tr
     processor = build_processor(recipe.tower.image_size, recipe.tower.patch_size)
     tower = train_tower(recipe, work / "tower", processor, resume)
     model = build_llava(recipe, processor, tower)
-    model = train_language(recipe, work / "language", processor, model, None, resume)
-    model = train_language(recipe, work / "joint", processor, model, tower, resume)
+    model = train_answers(recipe, work / "language", processor, model, None, False, resume)
+    model = train_answers(recipe, work / "last", processor, model, tower if recipe.unfreeze else None, True, resume)
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    plot([work / stage for stage in ("tower", "language", "joint")], output / "training.png")
+    plot([work / stage for stage in ("tower", "language", "last")], output / "training.png")
     return output

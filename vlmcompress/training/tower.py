@@ -67,7 +67,7 @@ class TowerWithHeads(nn.Module):
         """pixel_values [B, 3, H, W] and what `losses` takes → loss and predictions."""
         return self.losses(self.clip.vision_model(pixel_values, output_hidden_states=True), **labels)
 
-    def losses(self, seen, caption_ids, caption_mask, color, kind, digit, digit_share=1.0) -> dict[str, torch.Tensor]:
+    def losses(self, seen, caption_ids, caption_mask, color, kind, digit) -> dict[str, torch.Tensor]:
         """From what the tower returned; captions [B, T], patch labels [B, patches].
 
         A row whose patches are all -100 (an image without labels) counts for nothing here.
@@ -83,8 +83,7 @@ class TowerWithHeads(nn.Module):
             logits = self.heads[name](patches)
             weight = logits.new_full((logits.shape[-1],), 1.0)
             weight[0] = 0.2 if name == "color" else 0.06  # most patches are background
-            share = digit_share if name == "digit" else 1.0
-            loss = loss + share * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
             out[name] = logits.argmax(-1)
         loss = loss + F.mse_loss(self.place(patches), self.places.expand(len(patches), -1, -1))
         return {"loss": loss, "image": image, "text": text, **out}
