@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import LongTensor, Tensor
@@ -114,12 +115,17 @@ class TowerEdit:
 class EntryTokens:
     """The visual tokens that wait at the door of the language model, ``I`` images padded to ``n_max`` tokens.
 
-    ``features`` [I, n_max, C]: projector inputs (zero where no patch stands); ``pixel_values``: what the tower saw.
+    ``rows`` [V, N, C]: projector inputs per view and cell; ``pixel_values``: what the tower saw.
     """
 
     layout: Layout
-    features: Tensor
+    rows: Tensor
     pixel_values: Tensor | None
+
+    @cached_property
+    def features(self) -> Tensor:
+        """[I, n_max, C] projector inputs in image order, zero where no patch stands; gathered when first asked for."""
+        return self.layout.of_views(self.rows)
 
     def budgets(self, keep: int | float) -> list[int]:
         """Tokens that each image may keep; patches only where images are tiled (see :meth:`select`)."""

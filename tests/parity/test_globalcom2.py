@@ -88,8 +88,8 @@ class Setting:
         self.inputs = {"pixel_values": torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True), "image_sizes": sizes}
         self.layout = adapter_for(self.model).geometry(self.inputs)
         lengths = iter(self.layout.n)
-        rows = [[IMAGE] * next(lengths) if i == -200 else [i] for i in ids]
-        self.inputs["input_ids"] = torch.tensor([sum(rows, [])])
+        row = [token for i in ids for token in ([IMAGE] * next(lengths) if i == -200 else [i])]
+        self.inputs["input_ids"] = torch.tensor([row])
         with torch.no_grad():
             self.stock = self.model.model.get_image_features(
                 **{k: self.inputs[k] for k in ("pixel_values", "image_sizes")}

@@ -73,12 +73,12 @@ class Grid(_KeepOnly):
             mask = torch.zeros_like(views)
             for v, (cells, (rows, cols), k) in enumerate(_rectangles(views, tokens, self.keep)):
                 mask[v, cells[_even_cells(rows, cols, k)]] = True
-            return tokens.select_mask(tokens.of_views(mask.to(tokens.features.device), fill=False))
+            return tokens.select_mask(tokens.of_views(mask.to(tokens.rows.device), fill=False))
         counts = tokens.budgets(self.keep)
         picks = [self._pick(tokens.layout, i, k) for i, k in enumerate(counts)]
         width = max(map(len, picks))
         keep = torch.stack([torch.nn.functional.pad(p, (0, width - len(p))) for p in picks])
-        return Selection(keep.to(tokens.features.device), counts)
+        return Selection(keep.to(tokens.rows.device), counts)
 
     @staticmethod
     def _pick(layout: Layout, image: int, k: int) -> LongTensor:
@@ -114,18 +114,18 @@ class Pool(_KeepOnly):
         rows, cols = layout.grid[0]
         h, w = fit_grid(tokens_to_keep(self.keep, rows * cols), rows, cols)
         if (h, w) == (rows, cols):
-            return Selection(torch.arange(rows * cols, device=tokens.features.device).expand(len(layout), -1), layout.n)
-        images, device = len(layout), tokens.features.device
+            return Selection(torch.arange(rows * cols, device=tokens.rows.device).expand(len(layout), -1), layout.n)
+        images, device = len(layout), tokens.rows.device
         pooled = pool_grid(tokens.features.view(images, rows, cols, -1), h, w)
         keep = _centres(rows, cols, h, w).to(device).expand(images, -1)
         owner = bin_owner(rows, cols, h, w).to(device).expand(images, -1)
         return Selection(keep, [h * w] * images, features=pooled, owner=owner)
 
     def _tiled(self, tokens: EntryTokens) -> Selection:
-        layout, device = tokens.layout, tokens.features.device
+        layout, device = tokens.layout, tokens.rows.device
         views = tokens.view_cells().cpu()
         mask, home = torch.zeros_like(views), torch.full(views.shape, -1)
-        table = layout.to_views(tokens.features)
+        table = tokens.rows.clone()
         for v, (cells, (rows, cols), k) in enumerate(_rectangles(views, tokens, self.keep)):
             if not k:
                 continue

@@ -35,4 +35,4 @@ class NoVision(Method):
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
         images = len(tokens.layout)
-        return Selection(torch.empty(images, 0, dtype=torch.long, device=tokens.features.device), [0] * images)
+        return Selection(torch.empty(images, 0, dtype=torch.long, device=tokens.rows.device), [0] * images)
