@@ -47,7 +47,9 @@ class Adapter:
     tokenwise_projector: ClassVar[bool] = True
     #: an image may come as several views whose number depends on its size
     tiled: ClassVar[bool] = False
-    #: patches that the projector joins to one token
+    #: the projector joins several patches to one token ...
+    joins_patches: ClassVar[bool] = False
+    #: ... this many
     patches_per_token: int = 1
     #: the tower takes the patches of all views as one sequence [S, C] without padding
     packed_tower: ClassVar[bool] = False
@@ -202,6 +204,8 @@ class Adapter:
         for stage in Stage:
             if stage in method.stages and stage in cls.refused:
                 return False, cls.refused[stage]
+        if cls.joins_patches and Stage.TOWER in method.stages and not method.joins_patches:
+            return False, "it acts on single patches, and this family's projector joins several to a token"
         return True, ""
 
     def check_method(self, method: Method) -> None:

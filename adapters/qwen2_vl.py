@@ -29,6 +29,7 @@ class Qwen2VLAdapter(Adapter):
 
     mrope = True
     packed_tower = True
+    joins_patches = True
 
     @property
     def tower(self) -> nn.Module:

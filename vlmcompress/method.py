@@ -63,6 +63,8 @@ class Method:
     query_aware: ClassVar[bool] = False
     #: the token count of an image follows from its size alone
     fixed_budget: ClassVar[bool] = True
+    #: acts in a tower whose projector joins several patches to one token (only asked of TOWER methods)
+    joins_patches: ClassVar[bool] = False
     #: what the paper's released code does with position ids
     published_positions: ClassVar[str] = "contiguous"
 

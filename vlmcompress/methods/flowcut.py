@@ -76,6 +76,7 @@ class FlowCut(Method):
     paper: ClassVar[str] = "arXiv 2505.19536"
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER, Stage.PREFILL})
     query_aware: ClassVar[bool] = True
+    joins_patches: ClassVar[bool] = True
 
     def validate(self) -> None:
         check_keep(self.keep)
