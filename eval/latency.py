@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,11 +91,41 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _Live() as mode:
         run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    steps = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(0, int(np.cumsum(steps).max())) if steps else 0
+    return mode.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._meet((args, kwargs), counted=False)
+        out = func(*args, **(kwargs or {}))
+        self._meet(out, counted=True)
+        return out
+
+    def _meet(self, values: Any, *, counted: bool) -> None:
+        for tensor in tree_leaves(values):
+            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes() if counted else 0
+            if key in self.known:
+                continue
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 class _Shapes(TorchDispatchMode):

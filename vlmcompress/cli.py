@@ -44,7 +44,9 @@ def run(
     keep: Keep = "0.25",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG of the kept patches over the picture.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: what the model's folder says, or 64.")
+    ] = None,
     device: str = "cpu",
 ) -> None:
     """Answer one question about one picture, and show what was kept."""

@@ -41,7 +41,7 @@ def answer_one(
     keep: str,
     pairs: list[str],
     out: Path | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     device: str,
 ) -> None:
     """Check everything cheap first, then load, answer, print the report and write the overlay."""
@@ -62,7 +62,8 @@ def answer_one(
 
     with compress(model, method, **options) as handle:
         inputs = encode(model, processor, [image], [question])
-        text = answer(model, processor, inputs, max_new_tokens)[0]
+        length = max_new_tokens or model.generation_config.max_new_tokens or 64
+        text = answer(model, processor, inputs, length)[0]
         console = Console()
         console.print(text, style="bold", markup=False, highlight=False)
         console.print(handle.report())
