@@ -9,10 +9,14 @@ import pytest
 import torch
 from models import IMAGE, prompts, tiny_llava
 from models_next import one_row, prompts_next, tiny_next
+from models_qwen import prompts_qwen, tiny_qwen
 
 import vlmcompress
 from vlmcompress.adapters.base import adapter_for
+from vlmcompress.baselines.fastv import FastV
+from vlmcompress.baselines.keep_last import KeepLast
 from vlmcompress.methods.globalcom2 import GlobalCom2
+from vlmcompress.methods.transprune import TransPrune
 from vlmcompress.views import EntryTokens
 
 torch.set_num_threads(1)
@@ -135,6 +139,64 @@ def test_one_view_is_its_own_thumbnail(keep, left):
             image = sample.images[0]
             assert image.kept.equal(logits[row].topk(left).indices.sort().values)
             torch.testing.assert_close(image.scores(), logits[row], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_tower_without_cls_ranks_by_the_mean_patch():
+    model = tiny_qwen()
+    inputs = prompts_qwen([[3, (4, 6), 2], [2, (3, 4), 5]])
+    with vlmcompress.compress(model, "globalcom2", keep=0.25) as handle:
+        model(**inputs)
+        kept = [s.images[0].kept for s in handle.last.samples]
+    hidden = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).last_hidden_state
+    for mine, patches in zip(kept, hidden.split([96, 48]), strict=True):
+        cosine = torch.nn.functional.cosine_similarity(patches, patches.mean(0), dim=-1)
+        best = (-cosine).view(-1, 4).mean(1).topk(len(patches) // 16).indices
+        assert mine.equal(best.sort().values)
+
+
+@pytest.mark.parametrize("layout", ["hf", "official"])
+@pytest.mark.parametrize(
+    "after", [FastV(keep=10), TransPrune(), FastV(keep=10) + KeepLast(budget=40)], ids=["fastv", "transprune", "two"]
+)
+@torch.no_grad()
+def test_composition(model, after, layout):
+    inputs = prompts_next(model, SPEC)
+    with vlmcompress.compress(model, GlobalCom2(keep=0.4, layout=layout) + after) as handle:
+        new = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        batch = [[i.kept_at(3) for i in s.images] for s in handle.last.samples]
+        tokens = handle.last.layer_tokens
+        assert tokens[0] > tokens[3]
+        for row, images in enumerate(IMAGES):
+            alone = one_row(inputs, row, images)
+            assert model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :].equal(new[row])
+            for kept, image in zip(batch[row], handle.last.samples[0].images, strict=True):
+                assert kept.equal(image.kept_at(3))
+
+
+@pytest.mark.parametrize("layout", ["hf", "official"])
+def test_training(layout):
+    model = tiny_next().train()
+    inputs = prompts_next(model, SPEC)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] <= IMAGE, -100)
+    with vlmcompress.compress(model, "globalcom2", keep=0.3, layout=layout):
+        model(**inputs, labels=labels).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert model.model.image_newline.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_bf16_models_are_scored_in_fp32():
+    model = tiny_next().bfloat16()
+    inputs = prompts_next(model, SPEC)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with vlmcompress.compress(model, "globalcom2", keep=40) as handle:
+        model(**inputs)
+    for image in (i for s in handle.last.samples for i in s.images):
+        assert len(image.kept) == 40
+        scores = image.scores()[~image.is_newline]
+        assert len(scores.unique()) > 0.95 * len(scores)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class _Image:
     tiles: tuple[int, int]
     n: int  # tokens in all
     newlines: int  # rows of the picture
+    cells: int  # of the thumbnail
     sizes: list[int]  # unpadded cells of every crop
     weights: list[float]
 
@@ -53,8 +54,8 @@ class GlobalCom2(Method):
     image of a batch is scored by itself (the code is wrong from the second image on); survivors stay in the model's own
     order and at their true cells. ``keep=1.0`` keeps everything and at least one token always stays, which holds for
     the code in neither case. An image of one view (LLaVA-1.5) counts as its own thumbnail: the top CLS scores stay.
-    Towers without a CLS token rank by minus the cosine to the view's mean token; the paper describes it, the code has
-    it not, and we take it in front of the projector.
+    Towers without a CLS token rank by minus the cosine to the view's mean patch; the paper describes it, the code has
+    it not, and we take it in front of the projector, summed over the patches that make up a token.
 
     Args:
         keep: a float is the paper's retention ratio R of the patches, newline tokens on top; an int is an exact number
@@ -103,9 +104,9 @@ class GlobalCom2(Method):
         views, n, width = layer.patches.shape
         state["flops"] = views * (4 * width**2 + 2 * n * width)
         if layer.has_cls:
-            state["row"] = layer.cls_logits(following=layer.index + 1 < layer.depth)
+            state["row"] = layer.cls_logits(following=layer.index + 1 < layer.depth).detach()
         else:
-            state["row"] = negative_cosine(layer.patches)
+            state["row"] = layer.per_token(negative_cosine(layer.patches, layer.valid)).detach()
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
         row, layout = state.pop("row"), tokens.layout
@@ -156,7 +157,7 @@ class GlobalCom2(Method):
 
     def _counts(self, image: _Image, tokens: EntryTokens, rank: LongTensor) -> list[int]:
         """Tokens to keep of the thumbnail and of every crop."""
-        cells = rank.shape[1]
+        cells = image.cells
         if self._whole(image):
             return [cells, *image.sizes]
         if not self._exact:
@@ -204,7 +205,9 @@ class GlobalCom2(Method):
             held = [sizes[v] for v in crops]
             weights = crop_weights(row[overview[0]], layout.view_grid, tiles, self.tau).tolist() if crops else []
             newlines = layout.n[i] - sizes[overview[0]] - sum(held)
-            images.append(_Image(i, overview[0], crops, tiles, layout.n[i], newlines, held, weights))
+            images.append(
+                _Image(i, overview[0], crops, tiles, layout.n[i], newlines, sizes[overview[0]], held, weights)
+            )
         return images
 
     @staticmethod

@@ -49,10 +49,14 @@ def folded_cls_logits(
     return logits * (scale / heads)
 
 
-def negative_cosine(x: Tensor) -> Tensor:
-    """[V, n] fp32: minus the cosine of every token of ``x`` [V, n, C] to the mean of its view."""
-    x = x.float()
-    return -torch.nn.functional.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)
+def negative_cosine(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """[V, n] fp32: minus the cosine of every token of ``x`` [V, n, C] to the mean of its view.
+
+    Tokens that are not ``valid`` [V, n] count for nothing and come out as zero.
+    """
+    x = x.float() if valid is None else x.float().masked_fill(~valid[..., None], 0)
+    # the mean's length does not matter to a cosine
+    return -torch.nn.functional.cosine_similarity(x, x.sum(1, keepdim=True), dim=-1)
 
 
 def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
