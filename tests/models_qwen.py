@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from models import BOS, EOS, PAD
+from models import BOS, PAD
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -118,6 +120,52 @@ def load_language_model(model, tensors):
     weights = {k: v for k, v in pick(llava, "model.").items() if not k.startswith(other)}
     model.model.language_model.load_state_dict(weights, strict=False)
     model.lm_head.load_state_dict({"weight": llava["lm_head.weight"]})
+
+
+@pytest.mark.parametrize("path", cases("flowcut", kind=("llava_next_end_to_end",)), ids=lambda p: p.stem)
+@torch.no_grad()
+def test_llava_next_end_to_end(path):
+    info, tensors = read(path)
+    ids = tensors["in.input_ids"].flatten()
+    at = int((ids == -200).nonzero())
+    free = next(t for t in range(info["llm_config"]["vocab_size"]) if t not in ids.tolist())
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**info["vision_config"]), text_config=LlamaConfig(**info["llm_config"]),
+        image_grid_pinpoints=info["grid_pinpoints_hw_or_wh"], image_token_id=free,
+        vision_feature_layer=info["vision_feature_layer"], vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = LlavaNextForConditionalGeneration(config).eval()
+    load_tower(model.model.vision_tower, tensors)
+    load_language_model(model, tensors)
+    width, height = info["image_size_wh"]
+    inputs = {"pixel_values": tensors["in.pixel_values"][None], "image_sizes": torch.tensor([[height, width]])}
+    total = model.model.get_image_features(**inputs).pooler_output[0].shape[0]
+    inputs["input_ids"] = torch.cat([ids[:at], torch.full((total,), free), ids[at + 1 :]])[None]
+    seen = {}
+    method = FlowCut(keep=info["target_num"])
+    with vlmcompress.compress(model, method) as handle:
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True
+        )
+        logits = model(**inputs).logits[0]
+        hook.remove()
+        last, tower = handle.last, handle._local.vision.tower
+        score = handle._local.vision.state(method)["llm_scores"]
+        new = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert tower.ids.equal(tensors["out.keep_indices"])
+    torch.testing.assert_close(seen["embeds"][0], tensors["out.inputs_embeds"], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(score[0], tensors["out.llm_score"], atol=1e-5, rtol=1e-4)
+    image = last.samples[0].images[0]
+    assert len(image.kept) == info["visual_tokens_entering_llm"]
+    assert not image.is_newline[image.kept].any()
+    kept = image.kept_at(2)
+    assert torch.searchsorted(image.kept, kept).equal(tensors["out.llm_keep"])
+    assert last.layer_tokens == [len(image.kept)] * 2 + [info["target_num"]] * 2
+    assert last.frame_at(3).positions[0].tolist() == list(range(len(tensors["out.logits"])))
+    length = inputs["input_ids"].shape[1]
+    stays = torch.cat([torch.arange(at), at + kept, torch.arange(at + total, length)])
+    torch.testing.assert_close(logits[stays], tensors["out.logits"], atol=1e-3, rtol=1e-3)
+    assert new[0, length:].tolist() == tensors["out.generated"].tolist()
 
 
 @pytest.mark.parametrize("path", cases("flowcut", kind=("functions",)), ids=lambda p: p.stem)

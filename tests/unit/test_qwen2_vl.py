@@ -66,7 +66,9 @@ def reference(model, inputs, gone, positions):
 def test_entry_equals_reference(model, name, options):
     inputs = prompts_qwen(SPEC)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask)
+    positions, _ = model.model.get_rope_index(
+        ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask
+    )
     with vlmcompress.compress(model, name, **options) as handle:
         logits = model(**inputs).logits
         gone = torch.zeros_like(ids, dtype=torch.bool)
@@ -164,7 +166,12 @@ def test_blocks_stay_whole_and_keep_their_place(model):
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("tome", {}, "joins"), ("resize", {}, "joins"), ("tower-cls", {}, "joins"), ("flowcut", {"variant": "x"}, "aligned")],
+    [
+        ("tome", {}, "joins"),
+        ("resize", {}, "joins"),
+        ("tower-cls", {}, "joins"),
+        ("flowcut", {"variant": "x"}, "aligned"),
+    ],
 )
 def test_methods_that_cannot_serve_it(model, name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -53,12 +53,16 @@ def tokens_of(tower: TowerState) -> tuple[LongTensor, Tensor | None, LongTensor 
     valid = None if tower.valid is None else tower.valid[:, ::group]
     left = tower.ids.shape[1] if valid is None else tower.valid.sum(1)
     if not bool(torch.as_tensor(left % group == 0).all()):
-        raise ValueError(f"This model joins {group} patches to a token; what the tower left is no whole number of tokens.")
+        raise ValueError(
+            f"This model joins {group} patches to a token; what the tower left is no whole number of tokens."
+        )
     if not tower.leading:
         whole = (tower.ids // group).unflatten(1, (-1, group))
         same = (whole == whole[..., :1]).all(-1)
         if not bool((same if valid is None else same | ~valid).all()):
-            raise ValueError(f"This model joins {group} patches to a token; what the tower left mixes patches of several.")
+            raise ValueError(
+                f"This model joins {group} patches to a token; what the tower left mixes patches of several."
+            )
         return whole[..., 0], valid, None
     place = torch.arange(tower.ids.shape[1], device=tower.ids.device).expand_as(tower.ids)
     far = tower.cells

@@ -163,14 +163,21 @@ class FlowCut(Method):
     def _targets(self, layout: Layout, has_cls: bool) -> list[int]:
         """Tokens for which each view keeps patches in the tower."""
         owners, found = layout.view_image.tolist(), []
+        budgets = self._budgets(layout)
         for image, cells in zip(owners, layout.view_sizes, strict=True):
-            budget = tokens_to_keep(self.keep, layout.n[image])
-            if layout.thumbnail is not None and self.llm_layer is not None:
+            budget, everything = budgets[image]
+            if everything:
+                goal = cells
+            elif layout.thumbnail is not None and self.llm_layer is not None:
                 goal = budget // 2
             else:
                 goal = budget * (1 if has_cls or self.llm_layer is None else 2) // owners.count(image)
             found.append(min(cells, max(1, goal)))
         return found
+
+    def _budgets(self, layout: Layout) -> list[tuple[int, bool]]:
+        """Tokens of each image, newlines not counted, and whether that is all of them."""
+        return [(budget := tokens_to_keep(self.keep, n), budget == n) for n in layout.patch.sum(1).tolist()]
 
     def _shorter(
         self, weights: Tensor, counts: list[int], targets: list[int], left: int, layer: TowerLayer, block: int
@@ -200,8 +207,8 @@ class FlowCut(Method):
 
     def prefill(self, layer: PrefillLayer, state: dict) -> Cut | None:
         counts = [
-            min(tokens_to_keep(self.keep, n), alive)
-            for n, alive in zip(layer.layout.n, layer.frame.counts, strict=True)
+            alive if everything else min(budget, alive)
+            for (budget, everything), alive in zip(self._budgets(layer.layout), layer.frame.counts, strict=True)
         ]
         if counts == layer.frame.counts:
             return None
