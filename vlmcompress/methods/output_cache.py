@@ -19,10 +19,10 @@ from ..views import CacheLayer, Eviction
 def output_aware(layer: CacheLayer, *, official_decode: bool = False) -> Eviction | None:
     """Evict what did not reach the last decoder layer; ``official_decode``: later tokens move up by as much."""
     assert layer.reached is not None
-    longest = int(layer.reached.sum(1).max())
-    if longest == layer.keys.shape[2]:
+    leaving = ~layer.reached if layer.valid is None else ~layer.reached & layer.valid.any(1)
+    if not bool(leaving.any()):
         return None
-    keep, valid = pack(layer.reached, longest)
+    keep, valid = pack(layer.reached, int(layer.reached.sum(1).max()))
     shift = None
     if official_decode and layer.visual is not None:
         shift = (layer.visual & ~layer.reached).sum(1)
