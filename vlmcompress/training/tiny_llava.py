@@ -43,7 +43,7 @@ class Recipe:
     tower_batch: int = 64
     language_steps: int = 800
     easy_steps: int = 400
-    last_steps: int = 450
+    last_steps: int = 200
     unfreeze: bool = False  # whether the tower learns in stage 3
     batch: int = 16
     easy_vqa_share: float = 0.2
