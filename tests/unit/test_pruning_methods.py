@@ -29,8 +29,7 @@ PROMPTS = {
     "one": [[5, "image", 7]],
     "ragged": [[5, "image", 7], [2, "image", 3], [9, "image", 12]],
     "two images": [[2, "image", 3, "image", 4], [3, "image", 2]],
-    "image first": [["image", 6]],
-    "with text only": [[4, "image", 3], [9]],
+    "image first, and a text": [["image", 6], [9]],
 }
 
 
