@@ -7,7 +7,7 @@ are, and no ``[heads, N, N]`` tensor is formed to get them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -219,6 +219,14 @@ class PrefillLayer:
         """
         self.flops += self._cost(rows, following)
         return self._attention(rows, following)
+
+    def mean_attention(self, rows: LongTensor, *, following: bool = False, chunk: int = 256) -> Iterator[Tensor]:
+        """:meth:`attention` averaged over heads, [B, r, S_f] for ``chunk`` rows at a time.
+
+        A long instruction would otherwise make a tensor of heads × text × sequence.
+        """
+        for part in rows.split(chunk, dim=1):
+            yield self.attention(part, following=following).mean(1)
 
     def values(self) -> Tensor:
         """[B, H_kv, S_f, d] value states of this layer."""

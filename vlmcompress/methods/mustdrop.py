@@ -53,7 +53,9 @@ class MustDrop(Method):
     prompt is filtered (officially the first, later ones count as text); decoded tokens continue the numbering of each
     layer's prompt (officially the length of the cleared cache, which puts up to the last few dozen prompt tokens into
     a new token's future: see ``official_decode``). Towers without a CLS token take the attention that each patch
-    receives, and windows that stick out of the grid stay unmerged (ours).
+    receives, windows that stick out of the grid stay unmerged, and where the projector joins several patches to a token
+    (Qwen2-VL) there is no merging in the tower, since it would tear these groups apart; a token's rank for the key set
+    is then the sum over its patches (ours).
 
     Args:
         keep: budget mode (ours): layer-averaged visual tokens per image, or their share, instead of thresholds. The
@@ -92,6 +94,7 @@ class MustDrop(Method):
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER, Stage.PREFILL, Stage.CACHE})
     query_aware: ClassVar[bool] = True
     fixed_budget: ClassVar[bool] = False
+    joins_patches: ClassVar[bool] = True
 
     def validate(self) -> None:
         if self.keep is not None:
@@ -118,7 +121,7 @@ class MustDrop(Method):
                 f"A filter behind layer {layers[-1]} saves nothing: this language model has {depth} layers."
             )
         if isinstance(self.keep, float):
-            least = 1 / self.window**2 if self.merge else 1.0
+            least = 1 / self.window**2 if self.merges(adapter) else 1.0
             lowest = least * (layers[0] + 1 + self.key_rate * (depth - layers[0] - 1)) / depth
             if self.keep < lowest:
                 raise ValueError(
@@ -140,7 +143,12 @@ class MustDrop(Method):
 
     # TOWER ------------------------------------------------------------------------------------------------------
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
-        return {0, len(adapter.tower_layers) - 1} if self.merge else {len(adapter.tower_layers) - 1}
+        last = len(adapter.tower_layers) - 1
+        return {0, last} if self.merges(adapter) else {last}
+
+    def merges(self, adapter: Adapter) -> bool:
+        """Whether windows are merged in this model's tower."""
+        return self.merge and not adapter.joins_patches
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
         if layer.index == layer.depth - 1:
@@ -162,15 +170,16 @@ class MustDrop(Method):
         if layer.has_cls:
             row, queries = layer.cls_row(), 1
         else:
-            row, queries = received_attention(layer.q, layer.k, layer.scale, layer.bias)[:, layer.prefix :], layer.n
+            row, queries = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid), layer.n
         state["flops"] = state.get("flops", 0) + 2 * queries * layer.k.numel()
-        views = len(row)
-        present = [layer.n] * views if layer.valid is None else layer.valid.sum(1).tolist()
-        if layer.valid is not None:
-            row = row.masked_fill(~layer.valid, float("-inf"))
+        row, ids = layer.per_token(row), layer.ids[:, :: layer.group] // layer.group
+        valid = None if layer.valid is None else layer.valid[:, :: layer.group]
+        present = [row.shape[1]] * len(row) if valid is None else valid.sum(1).tolist()
+        if valid is not None:
+            row = row.masked_fill(~valid, float("-inf"))
         best = top_mask(row, [math.ceil(self.key_rate * n) for n in present])
         cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
-        return torch.zeros(views, cells, dtype=torch.bool, device=row.device).scatter(1, layer.ids, best)
+        return torch.zeros(len(row), cells, dtype=torch.bool, device=row.device).scatter(1, ids, best)
 
     # PREFILL ----------------------------------------------------------------------------------------------------
     def cut_layers(self, adapter: Adapter) -> Collection[int]:
@@ -201,9 +210,10 @@ class MustDrop(Method):
         the maximum is below alpha. The larger of the two quotients says the same and ranks tokens for a budget.
         """
         gamma, alpha = (max(t, torch.finfo(torch.float32).tiny) for t in self.thresholds)
-        attention = layer.attention(layer.instruction_rows()).mean(1)
-        total, most = layer.of_images(attention.sum(1)), layer.of_images(attention.amax(1))
-        # compared as written (and not as quotients), so that equality with a threshold keeps the token
+        parts = [(a.sum(1), a.amax(1)) for a in layer.mean_attention(layer.instruction_rows())]
+        total = layer.of_images(torch.stack([s for s, _ in parts]).sum(0))
+        most = layer.of_images(torch.stack([m for _, m in parts]).amax(0))
+        # compared as written and not as quotients, so that equality with a threshold keeps the token
         mass = gamma * total.sum(1, keepdim=True)
         margin = torch.maximum(total / mass.clamp_min(torch.finfo(torch.float32).tiny), most / alpha)
         stays = (total >= mass) | (most >= alpha)

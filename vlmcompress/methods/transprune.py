@@ -256,8 +256,8 @@ class TransPrune(Method):
     def guidance(self, layer: PrefillLayer) -> Tensor:
         """[I, c_max] IGA: mean over heads and instruction rows of the next layer's attention."""
         rows = layer.instruction_rows()
-        attention = layer.attention(rows, following=True).mean(1).sum(1)
-        return layer.of_images(attention / (rows >= 0).sum(1, keepdim=True))
+        total = sum(part.sum(1) for part in layer.mean_attention(rows, following=True))
+        return layer.of_images(total / (rows >= 0).sum(1, keepdim=True))
 
 
 def _share(x: Tensor) -> Tensor:
