@@ -72,16 +72,18 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 4,
     rounds: Annotated[int, typer.Option(min=0, help="Timed runs per row; 0 leaves the clocks out.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; few are faster on a busy machine.")] = None,
     device: str = "cpu",
 ) -> None:
     """Accuracy, FLOPs, time and memory of methods × budgets, with the baselines that a claim must beat."""
     from .commands.evaluate import Settings, evaluate
 
-    evaluate(
-        Settings(
-            model, methods, keep, tasks, None if full else limit, out, seeds, batch_size, max_new_tokens, rounds, device
-        )
-    )
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    asked = None if full else limit
+    evaluate(Settings(model, methods, keep, tasks, asked, out, seeds, batch_size, max_new_tokens, rounds, device))
 
 
 @app.command()
