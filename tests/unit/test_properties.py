@@ -20,7 +20,7 @@ from vlmcompress.registry import METHODS
 from vlmcompress.tokens import pack
 
 N = 36
-QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 BUDGETS = st.one_of(st.integers(1, 50), st.floats(0.01, 1.0))
 ROWS = st.lists(
     st.lists(st.one_of(st.integers(1, 6), st.just("image")), min_size=1, max_size=4), min_size=1, max_size=3

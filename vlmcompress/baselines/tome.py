@@ -61,13 +61,21 @@ class ToMe(Method):
             return None
         left = state.setdefault("left", layer.feature_layer + 1)
         state["left"] = left - 1
-        # an even share of what is still to go; the last layers take the rest, half of the patches at most
-        amount = min(layer.n // 2, -(-(layer.n - target) // max(1, left)))
         size = state.get("size")
         size = torch.ones(layer.ids.shape, device=layer.hidden.device) if size is None else size
-        metric = layer.k[:, :, layer.prefix :].float().mean(1)
-        keep, owner, rows, size = bipartite_merge(metric, layer.patches, size, amount)
+        metric, rows = layer.k[:, :, layer.prefix :].float().mean(1), layer.patches
+        # an even share of what is still to go; a round can merge half of the patches at most, and the last layer goes
+        # on for as many rounds as the budget still needs
+        goal = layer.n - min(layer.n // 2, -(-(layer.n - target) // left)) if left > 1 else target
+        keep = owner = None
+        while rows.shape[1] > goal:
+            amount = min(rows.shape[1] // 2, rows.shape[1] - goal)
+            state["flops"] = state.get("flops", 0) + metric.numel() * rows.shape[1]
+            kept, place, rows, size = bipartite_merge(metric, rows, size, amount)
+            metric = metric.gather(1, kept[..., None].expand(-1, -1, metric.shape[-1]))
+            keep = kept if keep is None else keep.gather(1, kept)
+            owner = place if owner is None else place.gather(1, owner)
+        assert keep is not None
         state["size"] = size
-        state["flops"] = state.get("flops", 0) + metric.numel() * layer.n
         bias = size.log() if self.proportional else None
         return TowerEdit(keep, hidden=rows, owner=owner, bias=bias)
