@@ -207,7 +207,7 @@ def test_assisted_decoding(model):
             model.generate(**inputs, prompt_lookup_num_tokens=3, **GREEDY)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
+@pytest.mark.parametrize(("name", "options"), METHODS[::2])
 @torch.no_grad()
 def test_torch_compile_runs_around_the_hooks(model, inputs, name, options):
     with vlmcompress.compress(model, name, **options):
