@@ -49,9 +49,10 @@ class LlavaNextAdapter(Adapter):
         grid, row, col = [], torch.zeros_like(token), torch.zeros_like(token)
         for i, n in enumerate(lengths.tolist()):
             height = int((token[i, :n] == NEWLINE).sum())
-            width = (n - cells) // height - 1
-            grid.append((height, width))
-            row[i, :n], col[i, :n] = _places(side, height, width)
+            width = (n - cells) // height - 1 if height else 0
+            # of a sliver of an image nothing may be left but its thumbnail, which is then the picture
+            grid.append((height, width) if height * width else (max(height, side), side))
+            row[i, :n], col[i, :n] = _places(side, height, width, grid[-1])
         first = torch.tensor(views).cumsum(0) - torch.tensor(views)
         thumbnail = torch.zeros(sum(views), dtype=torch.bool).index_fill(0, first, True)
         owner = torch.arange(len(views)).repeat_interleave(torch.tensor(views))
@@ -83,9 +84,9 @@ class LlavaNextAdapter(Adapter):
             )
 
 
-def _places(side: int, height: int, width: int) -> tuple[LongTensor, LongTensor]:
-    """Row and column in the picture of every token of one image: thumbnail, then rows of cells and their newline."""
-    centre = torch.arange(side) * 2 + 1
-    thumbnail = ((centre * height) // (2 * side)).repeat_interleave(side), ((centre * width) // (2 * side)).repeat(side)
+def _places(side: int, height: int, width: int, grid: tuple[int, int]) -> tuple[LongTensor, LongTensor]:
+    """Row and column in the picture ``grid`` of every token of one image: thumbnail, then rows of cells and newline."""
+    row, col = (((torch.arange(side) * 2 + 1) * length) // (2 * side) for length in grid)
+    thumbnail = row.repeat_interleave(side), col.repeat(side)
     crops = torch.arange(height).repeat_interleave(width + 1), torch.arange(width + 1).repeat(height)
     return torch.cat([thumbnail[0], crops[0]]), torch.cat([thumbnail[1], crops[1]])

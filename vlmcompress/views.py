@@ -168,10 +168,9 @@ class EntryTokens:
     def select_mask(self, mask: Tensor, *, newlines: bool = True) -> Selection:
         """Selection of the patches in ``mask`` [I, n_max], with the newlines that :meth:`select` speaks of."""
         layout = self.layout
-        if newlines:
-            return Selection.from_mask(layout, layout.with_newlines(mask))
+        # an image that keeps every patch keeps every newline, also those of rows that unpadding has emptied
         whole = (mask | ~layout.patch).all(1, keepdim=True)
-        return Selection.from_mask(layout, mask | whole)
+        return Selection.from_mask(layout, whole | (layout.with_newlines(mask) if newlines else mask))
 
     def pixels_of(self, image: int) -> Tensor | None:
         """What the tower saw of one image: [views, ...], or [patches, ...] where the tower takes a pack of patches."""
@@ -205,9 +204,9 @@ class PrefillLayer:
     frame: Frame
     layout: Layout
     _attention: Callable[[LongTensor, bool], Tensor]
-    _values: Callable[[], Tensor]
+    _values: Callable[[], tuple[Tensor, int]]
     _cost: Callable[[LongTensor, bool], int]
-    #: floating-point operations that the calls of :meth:`attention` have taken so far
+    #: floating-point operations that the calls of :meth:`attention` and :meth:`values` have taken so far
     flops: int = 0
 
     def attention(self, rows: LongTensor, *, following: bool = False) -> Tensor:
@@ -230,7 +229,9 @@ class PrefillLayer:
 
     def values(self) -> Tensor:
         """[B, H_kv, S_f, d] value states of this layer."""
-        return self._values()
+        states, cost = self._values()
+        self.flops += cost
+        return states
 
     def instruction_rows(self) -> LongTensor:
         """[B, R] slots of the text after each sample's last visual token, ascending, padded with -1 in front.

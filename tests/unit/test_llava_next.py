@@ -54,6 +54,23 @@ def test_thumbnail_covers_the_picture(model):
     assert layout.col[0, :6].tolist() == [0, 2, 3, 4, 6, 7]
 
 
+@pytest.mark.parametrize("size", [(2, 80), (80, 2)])
+@pytest.mark.parametrize("name", ["vtc-cls", "grid", "pool", "globalcom2", "tower-cls"])
+@torch.no_grad()
+def test_slivers_keep_their_thumbnail(model, name, size):
+    """Unpadding leaves no crop cell of them; the stock model feeds the thumbnail and, where rows are left, newlines."""
+    inputs = prompts_next(model, [[3, size, 2], [2, "wide", 4]])
+    before = model(**inputs).logits
+    with vlmcompress.compress(model, name, keep=1.0):
+        assert model(**inputs).logits.equal(before)
+    options = {"newlines": "occupied"} if name == "globalcom2" else {}
+    with vlmcompress.compress(model, name, keep=12, **options) as handle:
+        assert model(**inputs).logits.isfinite().all()
+        image = handle.last.samples[0].images[0]
+        assert 0 < len(image.kept) <= 12
+        assert not image.is_newline[image.kept].any()
+
+
 @torch.no_grad()
 def test_none_is_bit_identical_and_reports(model):
     inputs = prompts_next(model, [[5, "square", 3], [2, "row", 3, "tall", 1]])
