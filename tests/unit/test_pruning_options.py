@@ -293,6 +293,34 @@ def test_grouped_queries_and_head_norms(attention):
     torch.testing.assert_close(rows[0], expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "options"), [("transprune", STAGES), ("mustdrop", {**FILTERS, "similarity": 0.4})])
+@torch.no_grad()
+def test_scores_are_fp32_under_bf16(name, options):
+    model = tiny_llava(num_hidden_layers=DEPTH).to(torch.bfloat16)
+    inputs = prompts([[5, "image", 7], [2, "image", 3]], N)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with vlmcompress.compress(model, name, **options) as handle:
+        assert model(**inputs).logits.dtype == torch.bfloat16
+        assert handle.last.scores.dtype == torch.float32
+        assert handle.last.layer_tokens[-1] < handle.last.layer_tokens[0]
+
+
+@torch.no_grad()
+def test_long_instructions_are_taken_in_pieces(model):
+    inputs = prompts([[5, "image", 300]], N)
+    largest = []
+
+    class Spy(TransPrune):
+        def prefill(self, layer, state):
+            inner = layer._attention
+            layer._attention = lambda rows, following: largest.append(rows.shape[1]) or inner(rows, following)
+            return super().prefill(layer, state)
+
+    with vlmcompress.compress(model, Spy(**STAGES)):
+        model(**inputs)
+    assert set(largest) == {256, 44}
+
+
 # bad input ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "options", "message"),
