@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor
 
+from ..ops.scores import causal_attention_rows
 from ..views import CacheLayer, Eviction, PrefillLayer
 from .attention import queries, rows_cost, rows_of, values
 from .cache import PrunableLayer, managed
 from .decoder import cut, shifted
 from .masks import layer_mask
-from ..ops.scores import causal_attention_rows
 from .run import Run
 
 if TYPE_CHECKING:
@@ -118,10 +118,14 @@ def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddin
     def cost(rows: LongTensor, following: bool) -> int:
         return rows_cost(layers[index + following], inputs, rows, following or cached_keys(False) is None)
 
+    def own_values() -> tuple[Tensor, int]:
+        if cached_keys(False) is not None:
+            return run.cache.layers[index].values[:, :, -own:], 0
+        projected = values(layers[index], inputs)
+        return projected, 2 * projected.numel() * inputs.shape[-1]
+
     assert run.layout is not None
-    return PrefillLayer(
-        index, len(layers), hidden, frame, run.layout, attention, lambda: values(layers[index], inputs), cost
-    )
+    return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, own_values, cost)
 
 
 def settle(run: Run, cachers: list[Method], adapter: Adapter, policies: Mapping[int, str]) -> None:

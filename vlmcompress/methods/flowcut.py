@@ -15,9 +15,9 @@ import torch
 from torch import LongTensor, Tensor
 
 from ..method import Method, Stage, check_keep, tokens_to_keep
-from ..ops.flowcut import cut_sizes, entropy_ratio, flow_score, shares, value_magnitude
+from ..ops.flowcut import cut_sizes, entropy_ratio, flow_score, mean_token, shares, top_blocks, value_magnitude
 from ..ops.scores import attention_row
-from ..ops.select import top_indices, top_mask
+from ..ops.select import top_mask
 from ..registry import register_method
 from ..tokens import Layout
 from ..views import Cut, PrefillLayer, TowerEdit, TowerLayer
@@ -214,7 +214,7 @@ class FlowCut(Method):
             return None
         score = last_token_score(layer)
         state["llm_scores"] = score
-        state["flops"] = state.get("flops", 0) + 4 * layer.hidden.numel()
+        state["flops"] = state.get("flops", 0) + layer.flops + 4 * score.numel() * layer.hidden.shape[-1]
         return layer.keep(top_mask(score, counts), counts)
 
 
@@ -237,22 +237,6 @@ def last_token_score(layer: PrefillLayer) -> Tensor:
     query = values.gather(2, last[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[-1]))
     similarity = attention_row(query[rows[:, 0], :, 0], visual, values.shape[-1] ** -0.5, bias).mean(1)
     return flow_score(attention, similarity, value_magnitude(visual)).masked_fill(~valid, float("-inf"))
-
-
-def mean_token(x: Tensor, valid: Tensor | None) -> Tensor:
-    """[V, H, n, d] → [V, H, d] fp32: the mean over the real tokens."""
-    if valid is None:
-        return x.float().mean(2)
-    weight = valid.float() / valid.sum(1, keepdim=True)
-    return torch.einsum("vhnd,vn->vhd", x.float(), weight)
-
-
-def top_blocks(scores: Tensor, counts: list[int], block: int) -> LongTensor:
-    """:func:`top_indices` of whole runs of ``block`` neighbours, by the sum of their scores [V, n]."""
-    if block == 1:
-        return top_indices(scores, counts)
-    best = top_indices(scores.unflatten(1, (-1, block)).sum(-1), [n // block for n in counts])
-    return (best[..., None] * block + torch.arange(block, device=best.device)).flatten(1)
 
 
 def real_places(counts: list[int], like: LongTensor) -> Tensor | None:

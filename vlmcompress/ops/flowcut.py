@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import LongTensor, Tensor
 
+from .select import top_indices
+
 
 def value_magnitude(values: Tensor) -> Tensor:
     """L1 norm of the head-averaged value vectors: [B, H, n, d] → [B, n] fp32."""
@@ -47,3 +49,19 @@ def cut_sizes(ratio: Tensor, counts: LongTensor, targets: LongTensor, left: int)
     largest before they are.
     """
     return (counts - targets).float() / left**0.5 * (1 - ratio**2)
+
+
+def mean_token(x: Tensor, valid: Tensor | None) -> Tensor:
+    """[V, H, n, d] → [V, H, d] fp32: the mean over the real tokens."""
+    if valid is None:
+        return x.float().mean(2)
+    weight = valid.float() / valid.sum(1, keepdim=True)
+    return torch.einsum("vhnd,vn->vhd", x.float(), weight)
+
+
+def top_blocks(scores: Tensor, counts: list[int], block: int) -> LongTensor:
+    """:func:`top_indices` of whole runs of ``block`` neighbours, by the sum of their scores [V, n]."""
+    if block == 1:
+        return top_indices(scores, counts)
+    best = top_indices(scores.unflatten(1, (-1, block)).sum(-1), [n // block for n in counts])
+    return (best[..., None] * block + torch.arange(block, device=best.device)).flatten(1)
