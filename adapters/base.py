@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..dtypes import LongTensor
 from ..method import Stage
 from ..registry import ADAPTERS
 from ..tokens import Layout

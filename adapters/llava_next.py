@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from ..dtypes import LongTensor
 from ..registry import register_adapter
 from ..tokens import NEWLINE, Layout
 from .base import Adapter

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
+from ..dtypes import LongTensor
 from ..registry import register_adapter
 from ..tokens import Layout
 from .base import Adapter

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-
 torch.set_num_threads(1)  # two test processes share two cores
 
 

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# loaded before the function of the same name is bound below: imported later, the package would take its place
-import_module(".methods", __name__)
+from .method import Composition, Method, Stage
+from .registry import register_adapter, register_method
 
-from .attach import Handle, compress, restore  # noqa: E402
-from .catalog import families, methods, support  # noqa: E402
-from .method import Composition, Method, Stage  # noqa: E402
-from .registry import register_adapter, register_method  # noqa: E402
-from .report import Report  # noqa: E402
-from .tokens import VisualTokens  # noqa: E402
+if TYPE_CHECKING:
+    from .attach import Handle, compress, restore
+    from .catalog import families, methods, support
+    from .report import Report
+    from .tokens import VisualTokens
 
 __version__ = "0.1.0"
 
@@ -32,3 +32,18 @@ __all__ = [
     "restore",
     "support",
 ]
+
+#: imported on first use, since torch and transformers' model classes take seconds
+_LAZY = {
+    "Handle": "attach", "compress": "attach", "restore": "attach", "families": "catalog", "support": "catalog",
+    "Report": "report", "VisualTokens": "tokens",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module(".methods", __name__)  # the package of methods, which can be called
+    if name in _LAZY:
+        value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -200,8 +200,8 @@ class Handle:
             if self._watching is not None:
                 method.watch(index, "mlp", args[0], output, self._watching.state(method))
 
-        self._hooks.append(layer.self_attn.register_forward_hook(_eager(attention), with_kwargs=True))
-        self._hooks.append(layer.mlp.register_forward_hook(_eager(mlp)))
+        self._hooks.append(layer.get_submodule("self_attn").register_forward_hook(_eager(attention), with_kwargs=True))
+        self._hooks.append(layer.get_submodule("mlp").register_forward_hook(_eager(mlp)))
 
     @property
     def _run(self) -> Run | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
+
+from .dtypes import LongTensor
 
 #: value of ``Layout.cell`` for tokens that no vision patch produced (``image_newline`` embeddings)
 NEWLINE = -1

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from .dtypes import LongTensor
 from .method import tokens_to_keep
 from .ops.scores import attention_row
 from .ops.select import largest_remainder, top_indices, top_mask

@@ -204,7 +204,12 @@ def qwen_prompt(info, tensors):
         image = torch.full((int(grid.prod()) // 4,), info["image_token_id"])
         ids = torch.cat([torch.tensor([5, 121]), image, torch.tensor([122, 6])])[None]
     kinds = (ids == info["image_token_id"]).int()
-    return {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values": tensors["in.pixel_values"], "image_grid_thw": grid}
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": kinds,
+        "pixel_values": tensors["in.pixel_values"],
+        "image_grid_thw": grid,
+    }
 
 
 @pytest.mark.parametrize("path", cases("flowcut", kind=("qwen2vl_vit", "qwen2vl_end_to_end")), ids=lambda p: p.stem)
@@ -213,7 +218,9 @@ def test_qwen2_vl(path):
     info, tensors = read(path)
     model, inputs = build_qwen(info, tensors), qwen_prompt(info, tensors)
     seen = {}
-    method = FlowCut(keep=info["target_num"]) if "out.logits" in tensors else FlowCut(keep=info["target_num"], llm_layer=0)
+    method = (
+        FlowCut(keep=info["target_num"]) if "out.logits" in tensors else FlowCut(keep=info["target_num"], llm_layer=0)
+    )
     with vlmcompress.compress(model, method) as handle:
         hook = model.model.visual.merger.register_forward_hook(lambda m, a, out: seen.update(merged=out))
         logits = model(**inputs).logits

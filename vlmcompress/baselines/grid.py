@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from ..dtypes import LongTensor
 from ..method import Method, Stage, check_keep, tokens_to_keep
 from ..ops.pool import bin_owner, pool_grid
 from ..ops.select import even_indices, fit_grid

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
+from ..dtypes import LongTensor
 from ..ops.rope import rotate
 from ..ops.scores import causal_attention_rows
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..dtypes import LongTensor
 from ..tokens import Frame
 
 

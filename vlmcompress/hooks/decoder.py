@@ -8,9 +8,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..dtypes import LongTensor
 from ..tokens import Frame, pack
 from .cache import manage, managed
 from .masks import joined_mask

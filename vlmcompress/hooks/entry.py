@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
+from ..dtypes import LongTensor
 from ..tokens import Layout, Selection
 from ..views import EntryTokens
 from .packed import pack, start, tokens_of, unpack

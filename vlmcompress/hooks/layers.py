@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from ..dtypes import LongTensor
 from ..ops.scores import causal_attention_rows
 from ..views import CacheLayer, Eviction, PrefillLayer
 from .attention import queries, rows_cost, rows_of, values

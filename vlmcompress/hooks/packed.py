@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from ..dtypes import LongTensor
 from ..tokens import Layout
 from .run import TowerState
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from ..dtypes import LongTensor
 from ..tokens import Frame, Layout, Selection, VisualTokens
 
 if TYPE_CHECKING:

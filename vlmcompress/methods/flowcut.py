@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from ..dtypes import LongTensor
 from ..method import Method, Stage, check_keep, tokens_to_keep
 from ..ops.flowcut import cut_sizes, entropy_ratio, flow_score, mean_token, shares, top_blocks, value_magnitude
 from ..ops.scores import attention_row

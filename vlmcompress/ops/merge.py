@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
+
+from ..dtypes import LongTensor
 
 
 def bipartite_merge(metric: Tensor, x: Tensor, size: Tensor, r: int) -> tuple[LongTensor, LongTensor, Tensor, Tensor]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
+
+from ..dtypes import LongTensor
 
 
 def pool_grid(grid: Tensor, h: int, w: int) -> Tensor:

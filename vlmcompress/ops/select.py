@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
+
+from ..dtypes import LongTensor
 
 
 def top_indices(scores: Tensor, counts: list[int]) -> LongTensor:

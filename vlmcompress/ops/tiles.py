@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
+
+from ..dtypes import LongTensor
 
 
 def crop_weights(overview: Tensor, grid: tuple[int, int], tiles: tuple[int, int], tau: float) -> Tensor:
