@@ -26,6 +26,14 @@ def test_things_lie_inside_and_apart(canvas):
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2
 
 
+def test_digits_have_one_size_and_stand_on_a_grid():
+    digits = [t for i in range(80) for t in make_scene(6, i).things if t.label is not None]
+    assert {t.kind for t in digits} == {"digit", "circle", "rectangle"}
+    assert {t.size for t in digits} == {24, 32}
+    assert all(t.x % 8 == t.y % 8 == 4 for t in digits)
+    assert {t.label for t in digits} == set("0123456789")
+
+
 def test_curriculum_lowers_the_count():
     assert all(len(make_scene(2, i, max_objects=2).shapes) <= 2 for i in range(50))
     assert max(len(make_scene(2, i).shapes) for i in range(50)) > 4

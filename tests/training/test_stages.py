@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -14,16 +15,26 @@ pytest.importorskip("accelerate")
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
+from vlmcompress.training import tiny_llava
 from vlmcompress.training.cli import app
+from vlmcompress.training.data import EasyVQA
 from vlmcompress.training.processor import build_processor
-from vlmcompress.training.tiny_llava import Recipe, train_tiny_llava, train_tower
+from vlmcompress.training.tiny_llava import Recipe, build_llava, train_answers, train_tiny_llava, train_tower
 from vlmcompress.training.tower import TowerConfig, TowerWithHeads
 
 SMALL = Recipe(
-    tower=TowerConfig(hidden_size=32, layers=2, heads=2), hidden_size=32, layers=2, heads=2, questions=4,
+    tower=TowerConfig(hidden_size=32, layers=2, heads=2), hidden_size=32, layers=2, heads=2, questions=4, last_questions=3,
     tower_steps=4, tower_batch=4, language_steps=3, easy_steps=1, last_steps=3, batch=2,
     measure_every=2, save_every=2, validation_images=4,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _easy_vqa_read_once():
+    read = cache(lambda split: EasyVQA(split, build_processor().image_processor))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_llava, "EasyVQA", lambda split, image_processor: read(split))
+        yield
 
 
 def test_recipe_makes_a_loadable_model(tmp_path):
@@ -51,6 +62,33 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     resumed = train_tower(SMALL, tmp_path / "broken", processor, resume=True)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_a_resumed_language_stage_equals_an_unbroken_one(tmp_path, last, unfreeze):
+    processor = build_processor()
+
+    def stage(folder, resume):
+        torch.manual_seed(0)
+        tower = TowerWithHeads(SMALL.tower, processor.tokenizer)
+        model = build_llava(SMALL, processor, tower)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        heads = tower if unfreeze else None
+        return start, train_answers(SMALL, tmp_path / folder, processor, model, heads, last, resume).state_dict()
+
+    _, whole = stage("whole", resume=False)
+    stage("broken", resume=False)
+    (tmp_path / "broken" / "model").rename(tmp_path / "lost model")  # as if cut off after the checkpoint of step 2
+    (tmp_path / "broken" / "checkpoint-3").rename(tmp_path / "lost")
+    start, resumed = stage("broken", resume=True)
+    log = json.loads((tmp_path / "broken" / "log.json").read_text())
+    assert log[-1]["step"] == 3
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, msg=name)
+    changed = {name for name, value in start.items() if not torch.equal(value, resumed[name])}
+    assert any("language_model" in name for name in changed)
+    assert any("vision_tower" in name for name in changed) == unfreeze
 
 
 def test_the_caption_of_an_image_without_labels_counts_for_nothing():

@@ -6,6 +6,7 @@ run sees what an unbroken one would have seen, and a curriculum is a function of
 """
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from .questions import QA, ask, caption
 from .scenes import Scene, SceneConfig, make_scene, patch_labels
 
 KIND_WEIGHTS = {
-    "color": 1.0, "shape": 1.0, "count": 1.0, "existence": 1.2, "position": 1.0, "relation": 1.5, "digit": 1.5,
+    "color": 1.0, "shape": 1.0, "count": 1.5, "existence": 1.3, "position": 0.8, "relation": 1.0, "digit": 1.5,
 }  # fmt: skip
 IGNORED = -100
 PATCH_LABELS = ("color", "kind", "digit")
@@ -43,7 +44,7 @@ class CaptionDataset(Dataset):
     def __init__(self, seed: int, length: int, config: SceneConfig, patch: int):
         self.seed, self.length, self.patch = seed, length, patch
         large = (config.sizes[0], int(config.canvas * 0.45))
-        self.configs = [SceneConfig(config.canvas, large, (1, 2)), config, config, config]
+        self.configs = [replace(config, sizes=large, objects=(1, 2)), config, config, config]
 
     def __len__(self) -> int:
         return self.length

@@ -25,6 +25,8 @@ COLORS = {
 }
 SHAPES = ("circle", "triangle", "rectangle", "star", "ring", "cross", "diamond", "heart")
 DARK = ("red", "blue", "teal", "brown", "black", "gray")  # these carry a white label, the others a black one
+INKS = ("red", "blue", "teal", "brown", "black")  # colours of loose digits: readable on any of the backgrounds
+LABELED = ("circle", "rectangle")  # shapes with room for a digit
 DIGITS = tuple(str(d) for d in range(10))
 OVERSAMPLE = 2  # things are drawn at twice the size and averaged down
 
@@ -33,25 +35,28 @@ OVERSAMPLE = 2  # things are drawn at twice the size and averaged down
 class SceneConfig:
     """What scenes may hold. Sizes are in pixels of the canvas.
 
-    ``max_repeats`` bounds how often one shape name may occur, so that most things can be named without doubt.
+    ``max_repeats`` bounds how often one shape name may occur, so that most things can be named without doubt. Digits
+    are all of one height, and their centres lie on lines ``digit_step`` apart, as type on a page does.
     """
 
     canvas: int = 96
     sizes: tuple[int, int] = (11, 23)
     objects: tuple[int, int] = (1, 6)
     max_repeats: int = 2
-    digit_share: float = 0.6
-    digit_sizes: tuple[int, int] = (20, 28)
-    label_share: float = 0.35
-    label_size: int = 24
+    digit_share: float = 0.75
+    digit_size: int = 24
+    digit_step: int = 8
+    label_share: float = 0.7
+    label_size: int = 32
     plain_share: float = 0.15
     clutter: int = 10
 
     def __post_init__(self):
         if not 1 <= self.objects[0] <= self.objects[1]:
             raise ValueError(f"objects must be a range of positive counts, got {self.objects}")
-        if max(self.sizes[1], self.digit_sizes[1]) * 2 > self.canvas:
-            raise ValueError(f"Things of up to {self.sizes[1]} px do not fit a canvas of {self.canvas} px")
+        largest = max(self.sizes[1], self.label_size)
+        if largest * 2 > self.canvas:
+            raise ValueError(f"Things of up to {largest} px do not fit a canvas of {self.canvas} px")
 
 
 @dataclass(frozen=True)
@@ -101,22 +106,26 @@ def place_things(rng, config: SceneConfig, max_objects: int | None = None) -> tu
         kinds.append("digit")
     things: list[Thing] = []
     for kind in kinds:
-        low_size, high_size = config.digit_sizes if kind == "digit" else config.sizes
-        size = int(rng.integers(low_size, high_size + 1))
+        size = config.digit_size if kind == "digit" else int(rng.integers(config.sizes[0], config.sizes[1] + 1))
         label = str(rng.integers(10)) if kind == "digit" else None
-        if kind not in ("digit", "ring", "cross") and rng.random() < config.label_share:
-            size, label = max(size, config.label_size), str(rng.integers(10))
-        spot = _free_spot(rng, config.canvas, size, things)
+        if kind in LABELED and rng.random() < config.label_share:
+            size, label = config.label_size, str(rng.integers(10))
+        spot = _free_spot(rng, config.canvas, size, things, config.digit_step if label else 0)
         if spot is not None:
-            color = str(rng.choice(list(COLORS)))
-            things.append(Thing(str(kind), color, *spot, size, label, float(rng.uniform(-12, 12))))
+            color = str(rng.choice(INKS if kind == "digit" else list(COLORS)))
+            tilt = 2 if label else 12
+            things.append(Thing(str(kind), color, *spot, size, label, float(rng.uniform(-tilt, tilt))))
     return tuple(things)
 
 
-def _free_spot(rng, canvas: int, size: int, things: list[Thing]) -> tuple[float, float] | None:
-    """A place for a thing of ``size``, or None when the canvas is too full."""
+def _free_spot(rng, canvas: int, size: int, things: list[Thing], step: int = 0) -> tuple[float, float] | None:
+    """A place for a thing of ``size``, or None when the canvas is too full; with ``step`` on the lines of a grid."""
     half = size / 2
     for x, y in rng.uniform(half, canvas - half, (60, 2)):
+        if step:
+            x, y = ((v // step + 0.5) * step for v in (x, y))
+            if min(x, y) < half or max(x, y) > canvas - half:
+                continue
         if all(max(abs(x - t.x), abs(y - t.y)) > half + t.size / 2 + 2 for t in things):
             return float(x), float(y)
     return None
@@ -179,7 +188,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
     x, y, r = (v * OVERSAMPLE for v in (thing.x, thing.y, thing.size / 2))
     if thing.kind == "digit":
         font = _font(round(2.4 * r))
-        draw.text((x, y), thing.label, fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
+        draw.text((x, y), thing.label, fill=fill, font=font, anchor="mm", stroke_width=1.5, stroke_fill=fill)
         return
     if thing.kind == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -189,8 +198,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
         draw.polygon([(x + r * px, y + r * py) for px, py in _outline(thing.kind, thing.angle)], fill=fill)
     if thing.label is not None:
         ink = (255, 255, 255, 255) if thing.color in DARK else (0, 0, 0, 255)
-        drop = 0.2 * r if thing.kind == "triangle" else 0
-        draw.text((x, y + drop), thing.label, fill=ink, font=_font(round(1.25 * r)), anchor="mm", stroke_width=0.5)
+        draw.text((x, y), thing.label, fill=ink, font=_font(round(1.8 * r)), anchor="mm", stroke_width=1.5)
 
 
 def _outline(kind: str, angle: float) -> list[tuple[float, float]]:

@@ -3,7 +3,8 @@
 
 1. tower: the CLIP tower on captions (`tower.py`);
 2. language: projector and Llama from scratch on the frozen tower, easy scenes first, at a constant rate;
-3. last: the same with larger digits and a falling rate; with ``unfreeze`` the tower learns too, beside its own losses.
+3. last: the same with fewer questions per image and a falling rate; with ``unfreeze`` the tower learns too, beside its
+   own losses.
 
 Stages 2 and 3 hold easy-VQA's training split besides scenes.
 """
@@ -23,7 +24,7 @@ from .scenes import SceneConfig
 from .tower import FEATURE_LAYER, TowerConfig, TowerWithHeads, measure_tower
 
 TOWER_SHARE = 0.5  # weight of the tower's own losses in stage 3
-SMALL_DIGITS = SceneConfig(digit_share=0.5, digit_sizes=(14, 20), label_size=20)
+TOWER_SCENES = SceneConfig(digit_share=0.9, label_share=0.9)
 VALIDATION_SEED = 77_000_000  # training scenes use the run's seed plus the stage, the test set its own (testset.py)
 
 
@@ -32,13 +33,14 @@ class Recipe:
     """Everything that decides the outcome, besides the machine."""
 
     seed: int = 0
-    early_scenes: SceneConfig = SMALL_DIGITS  # stages 1 and 2
-    scenes: SceneConfig = field(default_factory=SceneConfig)  # stage 3 and validation
+    tower_scenes: SceneConfig = TOWER_SCENES
+    scenes: SceneConfig = field(default_factory=SceneConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)
     hidden_size: int = 160
     layers: int = 5
     heads: int = 4
     questions: int = 16
+    last_questions: int = 10  # stage 3: more images for the same time
     tower_steps: int = 800
     tower_batch: int = 64
     language_steps: int = 800
@@ -85,8 +87,8 @@ def train_tower(recipe: Recipe, folder: Path, processor, resume: bool) -> TowerW
         return model
     patch, collator = recipe.tower.patch_size, CaptionCollator(processor.tokenizer)
     length = recipe.tower_steps * recipe.tower_batch
-    dataset = CaptionDataset(recipe.seed + 1, length, recipe.early_scenes, patch)
-    validation = CaptionDataset(VALIDATION_SEED, 256, recipe.early_scenes, patch)
+    dataset = CaptionDataset(recipe.seed + 1, length, recipe.tower_scenes, patch)
+    validation = CaptionDataset(VALIDATION_SEED, 256, recipe.tower_scenes, patch)
     measure = Measure(lambda m: measure_tower(m, validation, collator), recipe.measure_every)
     args = settings(
         folder, recipe.tower_steps, recipe.tower_batch, recipe.tower_rate, recipe.seed,
@@ -147,7 +149,7 @@ def train_answers(
     steps, rate = (recipe.last_steps, recipe.last_rate) if last else (recipe.language_steps, recipe.language_rate)
     seed, length = recipe.seed + (3 if last else 2), steps * recipe.batch
     dataset = QuestionDataset(
-        seed, length, recipe.scenes if last else recipe.early_scenes, recipe.questions,
+        seed, length, recipe.scenes, recipe.last_questions if last else recipe.questions,
         easy_until=0 if last else recipe.easy_steps * recipe.batch,
         easy_vqa=EasyVQA("train", processor.image_processor), easy_vqa_share=recipe.easy_vqa_share,
         patch=0 if tower is None else recipe.tower.patch_size,
@@ -165,7 +167,7 @@ def train_answers(
 
 
 def measure_validation(model, recipe: Recipe, processor) -> dict[str, float]:
-    """Accuracy per kind on validation scenes and on the last 200 images of easy-VQA's training split."""
+    """Accuracy per kind on validation scenes."""
     plain = QuestionCollator(processor.tokenizer, recipe.image_tokens, augment=0.0)
     scenes = QuestionDataset(VALIDATION_SEED, recipe.validation_images, recipe.scenes, recipe.questions)
     return measure_answers(model, scenes, plain)

@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from .scenes import COLORS, DIGITS, SHAPES
 
+HEAD_WEIGHTS = {"color": 0.5, "kind": 1.5, "digit": 2.0}  # digits come last of all
 FEATURE_LAYER = -2  # the layer LLaVA reads; the last one serves the CLS token alone
 
 
@@ -83,7 +84,8 @@ class TowerWithHeads(nn.Module):
             logits = self.heads[name](patches)
             weight = logits.new_full((logits.shape[-1],), 1.0)
             weight[0] = 0.2 if name == "color" else 0.06  # most patches are background
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
+            found = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
+            loss = loss + HEAD_WEIGHTS[name] * found
             out[name] = logits.argmax(-1)
         loss = loss + F.mse_loss(self.place(patches), self.places.expand(len(patches), -1, -1))
         return {"loss": loss, "image": image, "text": text, **out}
