@@ -13,24 +13,35 @@ name       what it counts                                                       
 
 d hidden width, m feed-forward width, n visual tokens. ``full`` counts attention over the whole n × n square, as torch's
 own ``FlopCounterMode`` does, and leaves out norms, activations and softmax, as it does; the two agree (see the tests).
+Rows that only pad a batch, in the projector or the decoder, are left out: a sample costs what it costs alone.
 The compressor's own cost is inside every convention. This module needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..tokens import VisualTokens
+    from ..tokens import Layout, VisualTokens
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
-GATED_TEXT = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+GATED_TEXT = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text", "qwen3")
 #: families of one plain tower per view and a projector of two linear layers
 LLAVA_LIKE = ("llava", "llava_next")
+#: families of one tower for views of any size, whose projector joins blocks of patches
+QWEN_LIKE = ("qwen2_vl",)
 #: vision towers whose layer is attention plus a plain feed-forward block of two matrices, with (1) or without (0) CLS
 PLAIN_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+class UnknownFlopsError(ValueError):
+    """The cost of ``what``, a part of a model or all of it, is not known here."""
+
+    def __init__(self, what: str, known: Sequence[str]):
+        super().__init__(f"The FLOPs of the {what} are not known: {', '.join(known)} are.")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class ModelShape:
     """The sizes that the cost of a vision-language model follows from.
 
     ``projector``: (in, out) of each linear layer; ``patch_inputs``: numbers in one patch (3 × 14 × 14 for CLIP-L);
-    ``tower_tokens``: tokens of one view in the tower at its native resolution, the ``tower_prefix`` CLS included.
+    ``tower_tokens``: tokens of one view in the tower at its native resolution, the ``tower_prefix`` CLS included, or 0
+    where every view has a size of its own; ``group``: patches that the projector joins to one token.
     """
 
     text: Stack
@@ -68,21 +80,20 @@ class ModelShape:
     tower_prefix: int
     patch_inputs: int
     projector: tuple[tuple[int, int], ...]
+    group: int = 1
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Read the shape off a Hugging Face config; ``ValueError`` for a family whose cost is not known here."""
-        if config.model_type not in LLAVA_LIKE:
-            known = ", ".join(LLAVA_LIKE)
-            raise ValueError(f"The FLOPs of the model family '{config.model_type}' are not known: {known} are.")
+        """Read the shape off a Hugging Face config; ``UnknownFlopsError`` where the cost of a part is not known here."""
+        if config.model_type not in (*LLAVA_LIKE, *QWEN_LIKE):
+            raise UnknownFlopsError(f"model family '{config.model_type}'", (*LLAVA_LIKE, *QWEN_LIKE))
         text, vision = config.text_config, config.vision_config
         if text.model_type not in GATED_TEXT:
-            raise ValueError(
-                f"The FLOPs of the text model '{text.model_type}' are not known: {', '.join(GATED_TEXT)} are."
-            )
+            raise UnknownFlopsError(f"text model '{text.model_type}'", GATED_TEXT)
+        if config.model_type in QWEN_LIKE:
+            return cls._qwen(text, vision)
         if vision.model_type not in PLAIN_TOWERS:
-            known = ", ".join(PLAIN_TOWERS)
-            raise ValueError(f"The FLOPs of the vision tower '{vision.model_type}' are not known: {known} are.")
+            raise UnknownFlopsError(f"vision tower '{vision.model_type}'", tuple(PLAIN_TOWERS))
         prefix = PLAIN_TOWERS[vision.model_type]
         layers_read = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
         return cls(
@@ -98,9 +109,45 @@ class ModelShape:
             ),
         )
 
+    @classmethod
+    def _qwen(cls, text: Any, vision: Any) -> ModelShape:
+        width, heads, group = vision.embed_dim, vision.num_heads, vision.spatial_merge_size**2
+        tower = Stack(
+            layers=vision.depth,
+            d=width,
+            m=int(width * vision.mlp_ratio),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=width // heads,
+            gated=False,
+        )
+        return cls(
+            text=_stack(text, gated=True),
+            vocab=text.vocab_size,
+            tower=tower,
+            tower_tokens=0,
+            tower_prefix=0,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            projector=((group * width, group * width), (group * width, text.hidden_size)),
+            group=group,
+        )
+
     def kv_bytes(self, entries: Sequence[float], bytes_per_number: float) -> float:
         """Bytes of keys and values when decoder layer l holds ``entries[l]`` tokens."""
         return sum(entries) * 2 * self.text.kv_heads * self.text.head_dim * bytes_per_number
+
+    def native_views(self, layout: Layout) -> list[int]:
+        """Tokens of every view in a tower that no method touched, CLS included."""
+        if self.tower_tokens:
+            return [self.tower_tokens] * len(layout.view_image)
+        return [n * self.group + self.tower_prefix for n in layout.view_sizes]
+
+
+def kv_numbers(text: Any) -> int:
+    """Numbers that one token leaves in the cache of one decoder layer, by the config of the text model."""
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
 
 
 def _stack(config: Any, *, gated: bool) -> Stack:
@@ -121,8 +168,9 @@ class Profile:
     """Tokens of one sample on their way through the model.
 
     ``visual[l]``: visual tokens that decoder layer l processes; ``text``: text tokens; ``tower[l]``: tokens, CLS
-    included, that vision layer l processes, summed over ``views`` equal views; ``projected``: tokens that pass the
-    projector; ``compressor``: floating-point operations that the method adds.
+    included, that vision layer l processes, summed over ``views`` views; ``tower_pairs[l]``: pairs of a query and a key
+    there, the sum of the views' squared lengths (left out: all views have the same length); ``projected``: tokens that
+    pass the projector; ``compressor``: floating-point operations that the method adds.
     """
 
     visual: tuple[float, ...]
@@ -131,6 +179,7 @@ class Profile:
     views: int = 0
     projected: float = 0
     compressor: float = 0
+    tower_pairs: tuple[float, ...] = ()
 
     @property
     def mean_visual(self) -> float:
@@ -170,7 +219,9 @@ def full_count(shape: ModelShape, profile: Profile) -> FullCount:
     if profile.views:
         patches = profile.tower[0] - profile.views * shape.tower_prefix
         tower = 2 * patches * shape.patch_inputs * shape.tower.d
-        tower += sum(profile.views * shape.tower.layer_flops(n / profile.views) for n in profile.tower)
+        # a view attends to itself only, however many share a pack
+        pairs = profile.tower_pairs or [n * n / profile.views for n in profile.tower]
+        tower += sum(shape.tower.layer_flops(n, p / n) for n, p in zip(profile.tower, pairs, strict=True) if n)
     return FullCount(
         tower=tower,
         projector=sum(2 * profile.projected * a * b for a, b in shape.projector),
@@ -198,25 +249,58 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
 
     A ledger without ``tower_tokens`` stands for a tower that no method touched.
     """
-    layers = ledger.tower_tokens or [len(ledger.layout.view_image) * shape.tower_tokens] * shape.tower.layers
-    samples = ledger.samples
-    owner_of_view = ledger.layout.view_image.tolist()
-    views = [sum(ledger.layout.sample[i] == row for i in owner_of_view) for row in range(len(samples))]
-    all_views = max(1, len(owner_of_view))
+    layout, samples = ledger.layout, ledger.samples
+    layers = _tower_by_view(shape, ledger)
     found = []
-    for sample, mine in zip(samples, views, strict=True):
-        entered = sum(int((~image.is_newline[image.kept]).sum()) for image in sample.images)
+    for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(ledger), strict=True)):
+        own = [image for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
         found.append(
             Profile(
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
-                tower=tuple(n * mine / all_views for n in layers) if mine else (),
-                views=mine,
-                projected=entered,
+                **_tower_sums(layers, mine),
+                projected=sum(int((~image.is_newline[image.kept]).sum()) for image in own),
                 compressor=ledger.compressor_flops / len(samples),
             )
         )
     return found
+
+
+def _images_of(layout: Layout, row: int) -> list[int]:
+    return [i for i, sample in enumerate(layout.sample) if sample == row]
+
+
+def _first(layout: Layout, image: int) -> bool:
+    """Whether a placed image is the first copy of what the tower saw: rows that share an image (beams) pay once."""
+    return layout.source.index(layout.source[image]) == image
+
+
+def _views_of_samples(ledger: VisualTokens) -> list[list[int]]:
+    """The views whose pass through the tower each sample pays for."""
+    layout, owners = ledger.layout, ledger.layout.view_image.tolist()
+    rows = [layout.sample[layout.source.index(i)] if i in layout.source else None for i in owners]
+    return [[view for view, owner in enumerate(rows) if owner == row] for row in range(len(ledger.samples))]
+
+
+def _tower_by_view(shape: ModelShape, ledger: VisualTokens) -> list[list[float]]:
+    """Tokens of every view in every vision layer."""
+    if ledger.tower_views:
+        return [counts.tolist() for counts in ledger.tower_views]
+    views = len(ledger.layout.view_image)
+    if ledger.tower_tokens:
+        # a tower that does not pack pads its views to the longest, and the padding is computed too
+        return [[n / views] * views for n in ledger.tower_tokens]
+    return [list(map(float, shape.native_views(ledger.layout)))] * shape.tower.layers
+
+
+def _tower_sums(layers: list[list[float]], views: list[int]) -> dict[str, Any]:
+    if not views:
+        return {}
+    return {
+        "views": len(views),
+        "tower": tuple(sum(counts[v] for v in views) for counts in layers),
+        "tower_pairs": tuple(sum(counts[v] ** 2 for v in views) for counts in layers),
+    }
 
 
 def cache_entries(ledger: VisualTokens) -> list[list[float]]:
@@ -230,19 +314,18 @@ def cache_entries(ledger: VisualTokens) -> list[list[float]]:
 
 def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """What the same samples cost when every token of theirs goes all the way."""
+    native = shape.native_views(ledger.layout)
+    layers = [list(map(float, native))] * shape.tower.layers
+    views = _views_of_samples(ledger)
     found = []
-    for row, profile in enumerate(profiles(shape, ledger)):
-        images = ledger.samples[row].images
-        n = sum(image.n_original for image in images)
-        views = sum(ledger.layout.sample[i] == row for i in ledger.layout.view_image.tolist())
+    for sample, mine in zip(ledger.samples, views, strict=True):
+        n = sum(image.n_original for image in sample.images)
         found.append(
-            replace(
-                profile,
-                visual=(n,) * len(profile.visual),
-                tower=(views * shape.tower_tokens,) * shape.tower.layers,
-                views=views,
-                projected=views * (shape.tower_tokens - shape.tower_prefix),
-                compressor=0,
+            Profile(
+                visual=(n,) * ledger.n_layers,
+                text=sample.text_tokens,
+                **_tower_sums(layers, mine),
+                projected=sum((native[v] - shape.tower_prefix) / shape.group for v in mine),
             )
         )
     return found

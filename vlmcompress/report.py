@@ -10,7 +10,7 @@ from .eval import flops as counter
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from .tokens import VisualTokens
 
@@ -21,7 +21,8 @@ class Report:
 
     ``layer_tokens[l]``: visual tokens that decoder layer l processed. ``flops`` and ``flops_before``: by convention
     (``macs``, ``flops``, ``full``; see ``vlmcompress.eval.flops``). ``compressor_flops``: the method's own, contained
-    in ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included.
+    in ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included. ``note``: why ``flops`` is
+    empty, for a model whose FLOPs are not known.
     """
 
     samples: int
@@ -35,6 +36,7 @@ class Report:
     compressor_flops: float
     kv_bytes_before: float
     kv_bytes: float
+    note: str = ""
 
     @classmethod
     def from_ledger(cls, config: Any, ledger: VisualTokens | None, *, dtype: torch.dtype | None = None) -> Report:
@@ -47,23 +49,24 @@ class Report:
         images = [image for sample in samples for image in sample.images]
         if ledger is None or not images:
             raise ValueError("There is nothing to report: no image has passed through the model since compress().")
-        shape = counter.ModelShape.from_config(config)
-        after, before = counter.profiles(shape, ledger), counter.uncompressed(shape, ledger)
-        size = _bytes_per_number(dtype or config.dtype)
+        flops, flops_before, note = _flops(config, ledger)
+        size = _bytes_per_number(dtype or config.dtype) * counter.kv_numbers(config.get_text_config())
+        tokens_before = sum(image.n_original for image in images)
         text = sum(sample.text_tokens for sample in samples)
         entries = [sum(layer) for layer in zip(*counter.cache_entries(ledger), strict=True)]
         return cls(
             samples=len(samples),
             images=len(images),
             text_tokens=text,
-            tokens_before=sum(image.n_original for image in images),
+            tokens_before=tokens_before,
             tokens=sum(len(image.kept) for image in images),
             layer_tokens=tuple(ledger.layer_tokens),
-            flops_before={name: sum(count(shape, p) for p in before) for name, count in counter.CONVENTIONS.items()},
-            flops={name: sum(count(shape, p) for p in after) for name, count in counter.CONVENTIONS.items()},
+            flops_before=flops_before,
+            flops=flops,
             compressor_flops=ledger.compressor_flops,
-            kv_bytes_before=shape.kv_bytes([sum(p.visual[0] + p.text for p in before)] * ledger.n_layers, size),
-            kv_bytes=shape.kv_bytes(entries, size),
+            kv_bytes_before=(tokens_before + text) * ledger.n_layers * size,
+            kv_bytes=sum(entries) * size,
+            note=note,
         )
 
     @property
@@ -75,7 +78,8 @@ class Report:
         """JSON-ready."""
         return asdict(self) | {"layer_averaged_tokens": self.layer_averaged_tokens}
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
         from rich.table import Table
 
         table = Table(title=f"{self.samples} prompt(s), {self.images} image(s), {self.text_tokens} text tokens")
@@ -84,15 +88,17 @@ class Report:
         rows: list[tuple[str, float, float, str]] = [
             ("visual tokens in", self.tokens_before, self.tokens, ",.0f"),
             ("visual tokens, layer average", self.tokens_before, self.layer_averaged_tokens, ",.1f"),
-            ("GFLOPs of the prefill, all parts", self.flops_before["full"] / 1e9, self.flops["full"] / 1e9, ",.4g"),
-            ("GMACs on visual tokens", self.flops_before["macs"] / 1e9, self.flops["macs"] / 1e9, ",.4g"),
-            ("KV cache, KiB", self.kv_bytes_before / 1024, self.kv_bytes / 1024, ",.0f"),
         ]
+        for label, name in (("GFLOPs of the prefill, all parts", "full"), ("GMACs on visual tokens", "macs")):
+            if self.flops:
+                rows.append((label, self.flops_before[name] / 1e9, self.flops[name] / 1e9, ",.4g"))
+        rows.append(("KV cache, KiB", self.kv_bytes_before / 1024, self.kv_bytes / 1024, ",.0f"))
         for label, before, after, form in rows:
             share = f"{after / before:.1%}" if before else "–"
             table.add_row(label, f"{before:{form}}", f"{after:{form}}", share)
-        table.add_row("of which the method's own GFLOPs", "", f"{self.compressor_flops / 1e9:,.4g}", "")
-        return table
+        own = "of which the method's own GFLOPs" if self.flops else "GFLOPs of the method itself"
+        table.add_row(own, "", f"{self.compressor_flops / 1e9:,.4g}", "")
+        return Group(table, self.note) if self.note else table
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -101,6 +107,20 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
+
+
+def _flops(config: Any, ledger: VisualTokens) -> tuple[dict[str, float], dict[str, float], str]:
+    """By convention, with and without compression; empty with a sentence that says why where they are not known."""
+    try:
+        shape = counter.ModelShape.from_config(config)
+    except counter.UnknownFlopsError as error:
+        return {}, {}, f"FLOPs are not known for the {error.what}."
+    after, before = counter.profiles(shape, ledger), counter.uncompressed(shape, ledger)
+
+    def summed(profiles: list[counter.Profile]) -> dict[str, float]:
+        return {name: sum(count(shape, p) for p in profiles) for name, count in counter.CONVENTIONS.items()}
+
+    return summed(after), summed(before), ""
 
 
 def _bytes_per_number(dtype: torch.dtype | str | None) -> int:

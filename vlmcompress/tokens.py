@@ -351,7 +351,8 @@ class VisualTokens:
     """Record of one prefill: the single source of every number about visual tokens.
 
     ``frames`` are ordered by their first decoder layer; ``selection`` is what ENTRY chose (None: all), ``scores`` its
-    published ranking. ``tower_tokens[l]``: tokens, CLS included, that vision layer l processed, summed over views.
+    published ranking. ``tower_tokens[l]``: tokens, CLS included, that vision layer l processed, summed over views;
+    ``tower_views[l]`` [V]: the same for each view, for towers that take views of different size in one pack.
     ``positions``: position ids that entered the language model, [B, S'] or [axes, B, S'] for M-RoPE.
     ``compressor_flops``: floating-point operations that the methods themselves added, summed over the batch.
     """
@@ -362,6 +363,7 @@ class VisualTokens:
     selection: Selection | None = None
     scores: Tensor | None = None
     tower_tokens: list[int] = field(default_factory=list)
+    tower_views: list[LongTensor] = field(default_factory=list)
     positions: LongTensor | None = None
     compressor_flops: int = 0
     #: entries of each decoder layer's cache after the prefill, per head where heads differ; None without a cache

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counter meets the published values and torch's own counter."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
+from models_qwen import prompts_qwen, tiny_qwen
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -11,9 +15,24 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
 )
 
-from vlmcompress.eval.flops import CONVENTIONS, ModelShape, Profile, decode_step, flops, full, full_count, macs
+import vlmcompress
+from vlmcompress import Method, Stage
+from vlmcompress.eval.flops import (
+    CONVENTIONS,
+    ModelShape,
+    Profile,
+    UnknownFlopsError,
+    decode_step,
+    flops,
+    full,
+    full_count,
+    macs,
+    profiles,
+)
+from vlmcompress.views import TowerEdit
 
 
 def llava_7b(layers: int = 32, d: int = 4096, m: int = 11008, heads: int = 32) -> LlavaConfig:
@@ -131,5 +150,107 @@ def test_unknown_shapes_are_refused():
     config.text_config.model_type = "mamba"
     with pytest.raises(ValueError, match="text model 'mamba'"):
         ModelShape.from_config(config)
-    with pytest.raises(ValueError, match="model family 'llama'"):
+    with pytest.raises(UnknownFlopsError, match="model family 'llama'"):
         ModelShape.from_config(LlamaConfig())
+    config = Qwen2VLConfig()
+    config.text_config.model_type = "mamba"
+    with pytest.raises(ValueError, match="text model 'mamba'"):
+        ModelShape.from_config(config)
+
+
+# Qwen2-VL: views of different size in one pack ------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FirstBlocks(Method):
+    """Of every view behind vision layer 1: the first third of its blocks of patches, so that lengths stay ragged."""
+
+    name: ClassVar[str] = "first-blocks"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER})
+    joins_patches: ClassVar[bool] = True
+
+    def tower_layers(self, adapter):
+        return (1,)
+
+    def tower(self, layer, state):
+        left = [n // 3 * layer.group for n in layer.layout.view_sizes]
+        place = torch.arange(max(left)).expand(len(left), -1)
+        return TowerEdit(place, valid=place < torch.tensor(left)[:, None])
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return tiny_qwen("eager")  # torch does not count the CPU's fused attention
+
+
+TWO_SIZES = [[5, (4, 6), 3, (2, 3), 7]]
+
+
+def counted(model, inputs, method, **options):
+    """The ledger and report of one prefill, and torch's count of it."""
+    with vlmcompress.compress(model, method, **options) as handle, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs, logits_to_keep=1)
+        return handle.last, handle.report(), counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("none", {}),
+        ("grid", {"keep": 3}),
+        ("vtc-cls", {"keep": 3}),
+        ("fastv", {"keep": 3, "layer": 1}),
+        ("flowcut", {"keep": 2, "variant": "aligned"}),
+        ("mustdrop", {}),
+        ("transprune", {}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_qwen_agrees_with_torch(qwen, method, options):
+    _, report, total = counted(qwen, prompts_qwen(TWO_SIZES), method, **options)
+    assert report.flops["full"] == pytest.approx(total, rel=0.01)
+
+
+def test_qwen_uncompressed_is_what_the_stock_model_computes(qwen):
+    inputs = prompts_qwen(TWO_SIZES)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        qwen(**inputs, logits_to_keep=1)
+    _, report, _ = counted(qwen, inputs, FirstBlocks())
+    assert report.flops_before["full"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert report.flops["full"] < report.flops_before["full"]
+    # float32, two KV heads of 16 numbers, four layers; a third of 24 and of 6 tokens
+    assert report.kv_bytes == (8 + 2 + report.text_tokens) * 4 * 2 * 2 * 16 * 4
+
+
+def test_every_view_attends_to_itself_only(qwen):
+    ledger, report, total = counted(qwen, prompts_qwen(TWO_SIZES), FirstBlocks())
+    shape = ModelShape.from_config(qwen.config)
+    (profile,) = profiles(shape, ledger)
+    assert [v.tolist() for v in ledger.tower_views] == [[96, 24]] * 2 + [[32, 8]] * 2
+    assert profile.tower == (120, 120, 40, 40)
+    assert profile.tower_pairs == (96**2 + 24**2,) * 2 + (32**2 + 8**2,) * 2
+    assert profile.projected == 10
+    # the projector runs on two images padded to eight tokens; padding is not counted
+    padding = sum(2 * (2 * 8 - 10) * a * b for a, b in shape.projector)
+    assert report.flops["full"] + padding == pytest.approx(total, rel=0.001)
+
+
+def test_qwen_samples_of_a_batch_cost_what_they_cost_alone(qwen):
+    shape = ModelShape.from_config(qwen.config)
+    spec = [[5, (4, 6), 3, (2, 3), 7], [9, (3, 4), 2], [6]]
+    together, _, _ = counted(qwen, prompts_qwen(spec), FirstBlocks())
+    alone = [counted(qwen, prompts_qwen([row]), FirstBlocks())[0] for row in spec[:2]]
+    *pictured, text_only = [full(shape, p) for p in profiles(shape, together)]
+    assert pictured == [full(shape, profiles(shape, ledger)[0]) for ledger in alone]
+    assert text_only == full(shape, Profile((0,) * 4, text=6))
+
+
+def test_rows_that_share_an_image_pay_for_it_once(qwen):
+    inputs = prompts_qwen([[5, (4, 6), 7]])
+    shape = ModelShape.from_config(qwen.config)
+    once, _, _ = counted(qwen, inputs, "grid", keep=6)
+    with vlmcompress.compress(qwen, "grid", keep=6) as handle, torch.no_grad():
+        qwen.generate(**inputs, num_beams=2, max_new_tokens=2, do_sample=False)
+        beams = handle.last
+    (alone,), (first, second) = profiles(shape, once), profiles(shape, beams)
+    assert first == alone
+    assert (second.views, second.projected, second.visual) == (0, 0, alone.visual)

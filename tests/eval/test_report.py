@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import vlmcompress
+from vlmcompress.eval import flops as counter
 from vlmcompress.eval.loading import encode, load, open_image
 from vlmcompress.report import Report
 
@@ -58,3 +59,17 @@ def test_a_cut_inside_the_decoder_is_averaged_over_layers(asked):
     assert report.tokens == 72
     assert report.compressor_flops > 0
     assert report.flops["full"] < report.flops_before["full"]
+
+
+def test_unknown_flops_are_said_and_the_rest_is_reported(asked, monkeypatch):
+    known = report_of(asked, "grid", keep=9)
+    monkeypatch.setattr(counter, "LLAVA_LIKE", ())
+    report = report_of(asked, "grid", keep=9)
+    assert report.flops == report.flops_before == {}
+    assert report.note == "FLOPs are not known for the model family 'llava'."
+    assert (report.tokens, report.kv_bytes, report.kv_bytes_before) == (18, known.kv_bytes, known.kv_bytes_before)
+    text = str(report)
+    assert text.splitlines()[-1].strip() == report.note
+    assert "visual tokens in" in text
+    assert "KV cache" in text
+    assert "GFLOPs of the prefill" not in text

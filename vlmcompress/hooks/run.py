@@ -31,6 +31,7 @@ class TowerState:
     bias: Tensor | None = None  # [V, n] added to attention logits per key
     edited: bool = False
     tokens: list[int] = field(default_factory=list)
+    view_tokens: list[LongTensor] = field(default_factory=list)  # packed towers: per layer [V]
     group: int = 1  # patches that the projector joins to a token; ids are then patches, group · token + place in it
     sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped
     newlines: bool = True  # whether newlines of rows with a kept token stay
@@ -118,6 +119,7 @@ class Run:
             selection=self.selection,
             scores=next((s["scores"] for s in states if s.get("scores") is not None), None),
             tower_tokens=self.vision.tower.tokens if self.vision.tower else [],
+            tower_views=self.vision.tower.view_tokens if self.vision.tower else [],
             positions=self.entry_positions,
             compressor_flops=int(sum(s.get("flops", 0) for s in states)),
             cache_lengths=self.cache_lengths,

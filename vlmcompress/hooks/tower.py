@@ -110,7 +110,12 @@ def _before(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
     hidden = args[0] if args else kwargs["hidden_states"]
     if adapter.packed_tower:
         tower.tokens.append(len(hidden))
-        return (args, adapter.tower_arguments(kwargs, *present_rows(tower))) if tower.edited else None
+        if not tower.edited:
+            tower.view_tokens.append(torch.tensor(tower.sizes))
+            return None
+        rows, counts = present_rows(tower)
+        tower.view_tokens.append(counts)
+        return args, adapter.tower_arguments(kwargs, rows, counts)
     tower.tokens.append(hidden.shape[0] * hidden.shape[1])
     bias = _key_bias(tower, adapter.tower_prefix)
     if bias is None:
