@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From stored answers to ``report.json``: one entry per row, every number with its interval.
 
-The file follows ``report.schema.json``; ``pandas.json_normalize(json.load(open("report.json"))["rows"])`` reads it.
+``pandas.json_normalize(json.load(open("report.json"))["rows"])`` reads the file.
 """
 
 from __future__ import annotations
