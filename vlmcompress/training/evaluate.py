@@ -79,18 +79,22 @@ def main(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     task: Annotated[str, typer.Option(help="Task to ask.")] = "scenes",
     keep: Annotated[list[int] | None, typer.Option(help="Also with so many random visual tokens.")] = None,
+    seeds: Annotated[int, typer.Option(help="Random choices to average over.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Ask a stratified subset.")] = None,
 ) -> None:
     """Print the accuracy of a model per kind of question."""
     loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
     processor, samples = AutoProcessor.from_pretrained(model), load(task, limit=limit)
-    rows = {"every token": accuracy(samples, answers(loaded, processor, samples))}
+
+    def show(name: str, row: dict[str, float]) -> None:
+        typer.echo(f"{name}: " + ", ".join(f"{kind} {100 * value:.1f}" for kind, value in row.items()))
+
+    show("every token", accuracy(samples, answers(loaded, processor, samples)))
     for count in keep or []:
         for contiguous in (False, True):
-            name = f"random {count}, {'contiguous' if contiguous else 'original'} positions"
-            rows[name] = accuracy(samples, answers(loaded, processor, samples, count, contiguous))
-    for name, row in rows.items():
-        typer.echo(f"{name}: " + ", ".join(f"{kind} {100 * value:.1f}" for kind, value in row.items()))
+            runs = [accuracy(samples, answers(loaded, processor, samples, count, contiguous, s)) for s in range(seeds)]
+            mean = {kind: sum(run[kind] for run in runs) / seeds for kind in runs[0]}
+            show(f"random {count}, {'contiguous' if contiguous else 'original'} positions", mean)
 
 
 if __name__ == "__main__":

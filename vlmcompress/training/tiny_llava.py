@@ -41,11 +41,11 @@ class Recipe:
     heads: int = 4
     questions: int = 16
     last_questions: int = 10  # stage 3: more images for the same time
-    tower_steps: int = 800
+    tower_steps: int = 1065
     tower_batch: int = 64
     language_steps: int = 800
     easy_steps: int = 400
-    last_steps: int = 200
+    last_steps: int = 1544
     unfreeze: bool = False  # whether the tower learns in stage 3
     batch: int = 16
     easy_vqa_share: float = 0.2
@@ -125,6 +125,7 @@ class AnswerModel(nn.Module):
 
     def forward(self, pixel_values, input_ids, attention_mask, position_ids, labels, **tower_labels):
         """What the collators make → loss."""
+        tower_labels.pop("num_items_in_batch", None)  # the Trainer adds it for losses that are sums
         core = self.llava.model
         seen = core.vision_tower(pixel_values, output_hidden_states=True)
         image = core.multi_modal_projector(seen.hidden_states[FEATURE_LAYER][:, 1:])
