@@ -60,6 +60,14 @@ def prompts(
             else:
                 ids += torch.randint(4, 97, (int(part),), generator=generator).tolist()
         rows.append(ids)
+    inputs = padded(rows, side)
+    if images:
+        inputs["pixel_values"] = torch.randn(images, 3, image_size, image_size, generator=generator)
+    return inputs
+
+
+def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, S] of ragged rows."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), PAD)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -67,7 +75,15 @@ def prompts(
         place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
         ids[index, place] = torch.tensor(row)
         mask[index, place] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if images:
-        inputs["pixel_values"] = torch.randn(images, 3, image_size, image_size, generator=generator)
-    return inputs
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def row_alone(inputs: dict[str, torch.Tensor], spec: list[list[int | str]], row: int) -> dict[str, torch.Tensor]:
+    """One row of a left-padded batch of :func:`prompts`, without its padding and with its own images."""
+    length, images = int(inputs["attention_mask"][row].sum()), spec[row].count("image")
+    first = sum(parts.count("image") for parts in spec[:row])
+    return {
+        "input_ids": inputs["input_ids"][row : row + 1, -length:],
+        "attention_mask": inputs["attention_mask"][row : row + 1, -length:],
+        "pixel_values": inputs["pixel_values"][first : first + images],
+    }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from models import BOS, PAD
+from models import BOS, PAD, padded
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -48,17 +48,10 @@ def prompts_qwen(spec: list[list], side: str = "left", seed: int = 1) -> dict[st
             else:
                 ids += torch.randint(4, 90, (part,), generator=generator).tolist()
         rows.append(ids)
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = padded(rows, side)
     if grids:
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     return inputs
 
 

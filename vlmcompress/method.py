@@ -170,8 +170,7 @@ class Composition:
 def create(method: str | Method | Composition, **options: Any) -> Composition:
     """Build a composition from a registered name (with its options), an instance, or a composition.
 
-    Names can be composed with ``+`` when no option is given ("none+keep-last" style is for instances; options belong
-    to one method). Raises ``ValueError`` for an unknown name or option, ``TypeError``-like mistakes included.
+    Options go with a name only. Raises ``ValueError`` for an unknown name or option and for anything that is no method.
     """
     if isinstance(method, (Method, Composition)):
         if options:

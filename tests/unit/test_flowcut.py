@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, prompts, tiny_llava
+from models import IMAGE, prompts, row_alone, tiny_llava
 
 import vlmcompress
 from vlmcompress.method import create
@@ -34,15 +34,9 @@ def test_batched_equals_single_and_padding_does_not_matter(model, keep):
         records = [[i.kept for i in s.images] for s in handle.last.samples]
         scores = [[i.scores() for i in s.images] for s in handle.last.samples]
         batch_right = model(**right, position_ids=positions[1]).logits
-        image = 0
-        for row, parts in enumerate(spec):
-            length, images = int(left["attention_mask"][row].sum()), parts.count("image")
-            alone = {
-                "input_ids": left["input_ids"][row : row + 1, -length:],
-                "attention_mask": left["attention_mask"][row : row + 1, -length:],
-                "pixel_values": left["pixel_values"][image : image + images],
-            }
-            image += images
+        for row in range(len(spec)):
+            alone = row_alone(left, spec, row)
+            length = alone["input_ids"].shape[1]
             logits = model(**alone).logits[0]
             for kept, score, single in zip(records[row], scores[row], handle.last.samples[0].images, strict=True):
                 assert kept.equal(single.kept)

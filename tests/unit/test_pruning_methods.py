@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, prompts, tiny_llava
+from models import IMAGE, prompts, row_alone, tiny_llava
 from reference import cleared, embeddings, entering, real_slots, reference, shown
 
 import vlmcompress
@@ -138,15 +138,9 @@ def test_batched_equals_single_and_padding_does_not_matter(model, which):
         batch_left = model(**left, position_ids=positions[0]).logits
         ledger = handle.last
         batch_right = model(**right, position_ids=positions[1]).logits
-        image = 0
-        for row, parts in enumerate(spec):
-            length, images = int(left["attention_mask"][row].sum()), parts.count("image")
-            alone = {
-                "input_ids": left["input_ids"][row : row + 1, -length:],
-                "attention_mask": left["attention_mask"][row : row + 1, -length:],
-                "pixel_values": left["pixel_values"][image : image + images],
-            }
-            image += images
+        for row in range(len(spec)):
+            alone = row_alone(left, spec, row)
+            length = alone["input_ids"].shape[1]
             logits = model(**alone).logits[0]
             for kept, single in zip(ledger.samples[row].images, handle.last.samples[0].images, strict=True):
                 assert all(kept.kept_at(layer).equal(single.kept_at(layer)) for layer in range(DEPTH))
