@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained projectors that turn a tower's features into fewer visual tokens."""
