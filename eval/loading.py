@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from PIL import Image
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load(
+    name: str, *, dtype: str = "auto", device: Any = "cpu", attn_implementation: str | None = None
+) -> tuple[Any, Any]:
     """Model in eval mode and processor of a local folder or a hub id.
 
     Raises ``ValueError`` in one sentence for a missing folder, one without config, weights or processor, a model
@@ -50,7 +53,9 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
         raise ValueError(f"The folder {folder} has no processor ({' or '.join(PROCESSOR_FILES)} is missing).")
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, **({} if attn_implementation is None else {"attn_implementation": attn_implementation})
+        )
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -79,29 +84,61 @@ def first_sentence(error: BaseException) -> str:
     return (text[0] if text else type(error).__name__)[:300]
 
 
-def prompt_of(processor: Any, question: str) -> str:
-    """The processor's own chat template around one image and the question; LLaVA's plain form without a template."""
+def turn(question: str, *media: Image.Image | Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """A chat of one user turn: its pictures (a sequence of pictures is a video), then the question."""
+    shown = [{"type": "image", "image": m} if isinstance(m, Image.Image) else {"type": "video", "video": list(m)}
+             for m in media]  # fmt: skip
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+
+
+def encode_chats(
+    model: Any, processor: Any, chats: Sequence[list[dict[str, Any]]], **processor_options: Any
+) -> dict[str, Any]:
+    """Left-padded inputs of a batch of chats on the model's device, pixels in its dtype.
+
+    A chat is a list of messages as the processors of transformers take them: ``{"role", "content": [{"type": "text",
+    "text"} | {"type": "image", "image"} | {"type": "video", "video"}]}`` with pictures, frames or paths. The prompt is
+    the processor's own chat template; a processor without one gets LLaVA's plain form, each part on a line.
+    ``processor_options`` go to the processor (``num_frames``, ``fps``).
+    """
+    options = {"padding": True, "return_tensors": "pt"} | processor_options
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{processor.image_token}\n{question}\n"
-
-
-def encode(model: Any, processor: Any, images: list[Image.Image], questions: list[str]) -> dict[str, Any]:
-    """Left-padded inputs of a batch on the model's device, pixels in its dtype."""
-    prompts = [prompt_of(processor, question) for question in questions]
-    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
+        inputs = processor.apply_chat_template(
+            list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
+        )
+    else:
+        inputs = processor(text=[_plain(processor, chat) for chat in chats], **_media(chats), **options)
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
+def _plain(processor: Any, chat: list[dict[str, Any]]) -> str:
+    parts = [part for message in chat for part in message["content"]]
+    return "".join(
+        (p["text"] if p["type"] == "text" else getattr(processor, f"{p['type']}_token")) + "\n" for p in parts
+    )
+
+
+def _media(chats: Sequence[list[dict[str, Any]]]) -> dict[str, list[Any]]:
+    parts = [part for chat in chats for message in chat for part in message["content"]]
+    found = {f"{kind}s": [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
+    return {name: media for name, media in found.items() if media}
+
+
+def encode(model: Any, processor: Any, images: list[Image.Image], questions: list[str]) -> dict[str, Any]:
+    """:func:`encode_chats` of one picture and one question each."""
+    return encode_chats(model, processor, [turn(q, image) for image, q in zip(images, questions, strict=True)])
+
+
 @torch.inference_mode()
-def answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers to the batch."""
+def answer(
+    model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int, until: Sequence[str] = ()
+) -> list[str]:
+    """Greedy answers to the batch, cut before the first of the strings ``until``."""
     out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return [
-        text.strip()
-        for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]
+    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for stop in filter(None, until):
+        texts = [text.split(stop)[0] for text in texts]
+    return [text.strip() for text in texts]
 
 
 def fingerprint(name: str) -> str:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
 from . import flops as counter
 from .latency import Timing, interleaved, milliseconds, peak_bytes, refuse_zeros
-from .loading import answer, encode, first_sentence
+from .loading import answer, encode_chats, first_sentence
 from .rows import UNCOMPRESSED, Row
 from .store import Store
-from .tasks import Sample, score
+from .tasks import Sample
 
 Tick = Callable[[str, int], None]
 
@@ -39,7 +37,6 @@ def run_rows(
     import vlmcompress
 
     questions = [(task, sample) for task, found in samples.items() for sample in found]
-    digests = _image_digests(questions)
     errors: dict[str, str] = {}
     for row in rows:
         for seed in row.seeds:
@@ -53,7 +50,7 @@ def run_rows(
                 with vlmcompress.compress(model, row.method, **row.arguments(seed)) as handle:
                     for start in range(0, len(left), batch_size):
                         batch = left[start : start + batch_size]
-                        store.append(key, _batch(model, processor, handle, batch, digests, max_new_tokens))
+                        store.append(key, _batch(model, processor, handle, batch, max_new_tokens))
                         tick(key, len(batch))
             # a method may fail in any way; its row says so and the others go on
             except Exception as error:
@@ -63,27 +60,16 @@ def run_rows(
     return errors
 
 
-def _image_digests(questions: Sequence[tuple[str, Sample]]) -> dict[int, str]:
-    """Short digest of every picture by object: answers about one picture belong together in the statistics."""
-    pictures = {id(sample.image): sample.image for _, sample in questions}
-    return {key: _digest(image) for key, image in pictures.items()}
-
-
-def _digest(image: Image.Image) -> str:
-    return hashlib.sha1(repr(image.size).encode() + image.tobytes()).hexdigest()[:12]
-
-
 def _batch(
     model: Any,
     processor: Any,
     handle: Any,
     batch: Sequence[tuple[str, Sample]],
-    digests: Mapping[int, str],
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     """One line per question: the answer, whether it is right, and the ledger's account of what it cost."""
-    images, questions = [s.image for _, s in batch], [s.question for _, s in batch]
-    predictions = answer(model, processor, encode(model, processor, images, questions), max_new_tokens)
+    inputs = encode_chats(model, processor, [sample.chat() for _, sample in batch])
+    predictions = answer(model, processor, inputs, max_new_tokens)
     shape = counter.ModelShape.from_config(model.config)
     ledger = handle.last
     size = model.dtype.itemsize
@@ -95,17 +81,17 @@ def _batch(
             {
                 "task": task,
                 "id": sample.id,
-                "image": digests[id(sample.image)],
+                "image": sample.picture,
                 "kind": sample.kind,
                 "question": sample.question,
                 "answer": sample.answer,
                 "prediction": prediction,
-                "correct": bool(score(prediction, sample.answer)),
                 "tokens_in": sum(len(image.kept) for image in record.images),
                 "layer_tokens": profile.mean_visual,
                 "compressor_flops": profile.compressor,
                 "kv_bytes": shape.kv_bytes(entries, size),
             }
+            | sample.mark(prediction)
             | {name: count(shape, profile) for name, count in counter.CONVENTIONS.items()}
         )
     return lines
@@ -128,7 +114,7 @@ def time_rows(
     uncompressed row is the stock model without hooks. Decoding is the time that ``decode_tokens`` further tokens add to
     ``generate``. Rows that fail are returned with their one-sentence error instead.
     """
-    inputs = encode(model, processor, [sample.image], [sample.question])
+    inputs = encode_chats(model, processor, [sample.chat()])
     refuse_zeros(inputs)
     errors: dict[str, str] = {}
     peaks: dict[str, int] = {}

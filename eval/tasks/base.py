@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks: images, one question each, one-word answers. `load` reads a task, `score` marks an answer."""
 
+import hashlib
 import io
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,13 +20,43 @@ REGISTRY: dict[str, Callable[[str], list["Sample"]]] = {}
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image. ``kind`` is the sort of question, for stratified subsets and tables."""
+    """One question about one image, or about one video: then ``image`` is the tuple of its frames.
+
+    ``kind`` is the sort of question, for stratified subsets and tables.
+    """
 
     id: str
-    image: Image.Image
+    image: Image.Image | tuple[Image.Image, ...]
     question: str
     answer: str
     kind: str
+
+    #: greedy decoding of this question: new tokens (None: as many as the run allows), strings that end the answer
+    max_new_tokens = None
+    until = ()
+
+    def chat(self) -> list[dict[str, Any]]:
+        """The question as a chat, see :func:`vlmcompress.eval.loading.encode_chats`."""
+        from ..loading import turn
+
+        return turn(self.question, self.image)
+
+    def mark(self, prediction: str) -> dict[str, Any]:
+        """What the answer earns: ``correct``, from 0 to 1."""
+        return {"correct": float(score(prediction, self.answer))}
+
+    @cached_property
+    def picture(self) -> str:
+        """Short digest of the picture: answers about one picture belong together in the statistics."""
+        return digest(self.image)
+
+
+def digest(image: Image.Image | tuple[Image.Image, ...]) -> str:
+    """Twelve hexadecimal digits that stand for the pixels of a picture or of all frames of a video."""
+    found = hashlib.sha1()
+    for picture in (image,) if isinstance(image, Image.Image) else image:
+        found.update(repr(picture.size).encode() + picture.tobytes())
+    return found.hexdigest()[:12]
 
 
 def register_task(name: str):
