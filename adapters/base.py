@@ -46,6 +46,8 @@ class Adapter:
     mrope: ClassVar[bool] = False
     #: every row of the projector's input becomes one row of its output, so that only the chosen rows need projecting
     tokenwise_projector: ClassVar[bool] = True
+    #: the tokens of all views follow each other in the prompt as the projector made them, nothing between
+    plain_views: ClassVar[bool] = False
     #: an image may come as several views whose number depends on its size
     tiled: ClassVar[bool] = False
     #: the projector joins several patches to one token ...
@@ -88,8 +90,24 @@ class Adapter:
         return encoder.layers
 
     @property
+    def whole_projector(self) -> nn.Module | None:
+        """The projector as the model calls it; None where it is a part of the tower."""
+        return getattr(self.inner, "multi_modal_projector", None)
+
+    @property
     def projector(self) -> nn.Module:
-        return self.inner.multi_modal_projector
+        """The part of the projector that makes one token of each row of its input: all of it, unless it pools first."""
+        return getattr(self.whole_projector, "per_token", self.whole_projector)
+
+    @property
+    def pools(self) -> bool:
+        """Whether the projector pools the patches of a view to fewer or more tokens right now."""
+        target = getattr(self.whole_projector, "output_grid", None)
+        return target is not None and target != self.whole_projector.grid
+
+    def token_grid(self, patches: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the tokens that the projector makes of one view of ``patches`` (rows, columns)."""
+        return getattr(self.whole_projector, "output_grid", None) or patches
 
     # tower ------------------------------------------------------------------------------------------------------
     @property

@@ -14,14 +14,23 @@ from .base import Adapter, raster_layout
 class LlavaAdapter(Adapter):
     """``LlavaForConditionalGeneration`` with any text model that has LLaMA's layer structure."""
 
+    plain_views = True
+
     def geometry(self, given: dict[str, Any]) -> Layout:
         pixels, config = given["pixel_values"], self.tower.config
         side = config.image_size // config.patch_size
-        return raster_layout(len(pixels), (side, side), pixels.device)
+        return raster_layout(len(pixels), self.token_grid((side, side)), pixels.device)
 
     def check_method(self, method) -> None:
         super().check_method(method)
-        if self.model.config.vision_feature_select_strategy != "default":
+        strategy = self.model.config.vision_feature_select_strategy
+        if not self.has_cls:
+            if strategy == "default":
+                raise ValueError(
+                    "This LLaVA cuts off its first patch (vision_feature_select_strategy='default', but its tower has no "
+                    "CLS token); 'full' is right for it."
+                )
+        elif strategy != "default":
             raise ValueError(
                 "This LLaVA feeds the CLS token to the language model (vision_feature_select_strategy='full'), which "
                 "compression does not handle; 'default' works."

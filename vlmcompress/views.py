@@ -116,12 +116,14 @@ class TowerEdit:
 class EntryTokens:
     """The visual tokens that wait at the door of the language model, ``I`` images padded to ``n_max`` tokens.
 
-    ``rows`` [V, N, C]: projector inputs per view and cell; ``pixel_values``: what the tower saw.
+    ``rows`` [V, N, C]: projector inputs per view and cell; ``pixel_values``: what the tower saw; ``pooled``: a flexible
+    projector has already pooled the patches to the number of placeholders in the prompt.
     """
 
     layout: Layout
     rows: Tensor
     pixel_values: Tensor | None
+    pooled: bool = False
 
     @cached_property
     def features(self) -> Tensor:

@@ -67,7 +67,7 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     if tower is not None and tower.edited:
         selection = from_tower(layout, tower)
     elif vision.features is not None:
-        tokens = EntryTokens(layout, vision.features, vision.pixel_values)
+        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools)
         for method in methods:
             selection = method.entry(tokens, vision.state(method)) or selection
     elif methods:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     """Hook the vision layers that ``methods`` ask for; ``vision.release()`` takes the hooks off."""
     wanted = {m: frozenset(m.tower_layers(adapter)) for m in methods}
+    acting = [m.name for m in methods if wanted[m] or m.resolution(vision.layout.view_grid) is not None]
+    if acting and adapter.pools:
+        raise ValueError(
+            f"'{acting[0]}' chooses among the tower's patches, but this model's projector pools them to the tokens that the "
+            "prompt has places for; give the prompt a place for every patch."
+        )
     layers = adapter.tower_layers
     vision.tower = start(vision.layout, adapter.patches_per_token)
     vision.handles += _shrink_pixels(vision, methods, adapter)
