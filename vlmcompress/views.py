@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .dtypes import LongTensor
 from .method import tokens_to_keep
+from .ops.pool import pool_grid
 from .ops.scores import attention_row
 from .ops.select import largest_remainder, top_indices, top_mask
 from .tokens import Frame, Layout, Selection
@@ -117,13 +118,15 @@ class EntryTokens:
     """The visual tokens that wait at the door of the language model, ``I`` images padded to ``n_max`` tokens.
 
     ``rows`` [V, N, C]: projector inputs per view and cell; ``pixel_values``: what the tower saw; ``pooled``: a flexible
-    projector has already pooled the patches to the number of placeholders in the prompt.
+    projector has already pooled the patches to the number of placeholders in the prompt; ``pooling``: how it would,
+    [B, rows, cols, C], h, w → [B, h · w, C].
     """
 
     layout: Layout
     rows: Tensor
     pixel_values: Tensor | None
     pooled: bool = False
+    pooling: Callable[[Tensor, int, int], Tensor] = pool_grid
 
     @cached_property
     def features(self) -> Tensor:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..dtypes import LongTensor
 from ..method import Method, Stage, check_keep, tokens_to_keep
-from ..ops.pool import bin_owner, pool_grid
 from ..ops.select import even_indices, fit_grid
+from ..pooled import centres, pooled_images, pooled_views, rectangles
 from ..registry import register_method
 from ..tokens import Layout
 from ..views import EntryTokens, Selection
@@ -29,28 +28,14 @@ class _KeepOnly(Method):
         check_keep(self.keep)
 
 
-def _centres(rows: int, cols: int, h: int, w: int) -> LongTensor:
-    """[h · w] raster cells of a rows × cols grid under the centres of an even h × w grid."""
-    return (even_indices(rows, h)[:, None] * cols + even_indices(cols, w)).flatten()
-
-
 def _even_cells(rows: int, cols: int, k: int) -> LongTensor:
     """[k] raster cells of a rows × cols grid: an even rectangle, topped up evenly along the raster; ascending."""
     chosen = torch.zeros(rows * cols, dtype=torch.bool)
     if k:
-        chosen[_centres(rows, cols, *fit_grid(k, rows, cols))] = True
+        chosen[centres(rows, cols, *fit_grid(k, rows, cols))] = True
         rest = (~chosen).nonzero()[:, 0]
         chosen[rest[even_indices(len(rest), k - int(chosen.sum()))]] = True
     return chosen.nonzero()[:, 0]
-
-
-def _rectangles(views: Tensor, tokens: EntryTokens, keep: int | float):
-    """Of every view of tiled images: its unpadded cells in raster order, their (rows, columns) and its budget."""
-    across = tokens.layout.view_grid[1]
-    for present, k in zip(views, tokens.view_budgets(keep), strict=True):
-        cells = present.nonzero()[:, 0]
-        rows = len((cells // across).unique())
-        yield cells, (rows, len(cells) // max(1, rows)), k
 
 
 @register_method("grid")
@@ -70,10 +55,10 @@ class Grid(_KeepOnly):
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
         if tokens.layout.thumbnail is not None:
-            views = tokens.view_cells().cpu()
+            views, budgets = tokens.view_cells().cpu(), tokens.view_budgets(self.keep)
             mask = torch.zeros_like(views)
-            for v, (cells, (rows, cols), k) in enumerate(_rectangles(views, tokens, self.keep)):
-                mask[v, cells[_even_cells(rows, cols, k)]] = True
+            for v, (cells, (rows, cols)) in enumerate(rectangles(views, tokens.layout.view_grid[1])):
+                mask[v, cells[_even_cells(rows, cols, budgets[v])]] = True
             return tokens.select_mask(tokens.of_views(mask.to(tokens.rows.device), fill=False))
         counts = tokens.budgets(self.keep)
         picks = [self._pick(tokens.layout, i, k) for i, k in enumerate(counts)]
@@ -109,46 +94,11 @@ class Pool(_KeepOnly):
         layout = tokens.layout
         state["flops"] = tokens.features.numel()
         if layout.thumbnail is not None:
-            return self._tiled(tokens)
-        if len(set(layout.grid)) > 1 or any(n != h * w for n, (h, w) in zip(layout.n, layout.grid, strict=True)):
-            raise ValueError("'pool' needs images of one plain grid in a batch; run tiled or mixed-size images singly.")
-        rows, cols = layout.grid[0]
-        h, w = fit_grid(tokens_to_keep(self.keep, rows * cols), rows, cols)
-        if (h, w) == (rows, cols):
-            return Selection(torch.arange(rows * cols, device=tokens.rows.device).expand(len(layout), -1), layout.n)
-        images, device = len(layout), tokens.rows.device
-        pooled = pool_grid(tokens.features.view(images, rows, cols, -1), h, w)
-        keep = _centres(rows, cols, h, w).to(device).expand(images, -1)
-        owner = bin_owner(rows, cols, h, w).to(device).expand(images, -1)
-        return Selection(keep, [h * w] * images, features=pooled, owner=owner)
-
-    def _tiled(self, tokens: EntryTokens) -> Selection:
-        layout, device = tokens.layout, tokens.rows.device
-        views = tokens.view_cells().cpu()
-        mask, home = torch.zeros_like(views), torch.full(views.shape, -1)
-        table = tokens.rows.clone()
-        for v, (cells, (rows, cols), k) in enumerate(_rectangles(views, tokens, self.keep)):
-            if not k:
-                continue
-            h, w = fit_grid(k, rows, cols)
-            centres = cells[_centres(rows, cols, h, w)]
-            mask[v, centres] = True
-            home[v, cells] = centres[bin_owner(rows, cols, h, w)]
-            there = cells.to(device)
-            table[v, centres.to(device)] = pool_grid(table[v, there].view(1, rows, cols, -1), h, w)[0]
-        mask, home = mask.to(device), home.to(device)
-        selection = tokens.select_mask(tokens.of_views(mask, fill=False))
-        if selection.counts == layout.n:
-            return selection
-        order = torch.arange(layout.cell.shape[1], device=device).expand_as(layout.cell)
-        token = layout.to_views(order, fill=-1)  # [V, N] number of each cell's token in its image
-        owner_token = tokens.of_views(token.gather(1, home.clamp_min(0)).masked_fill(home < 0, -1), fill=-1)
-        place = selection.places(layout.cell.shape[1])
-        newline = layout.valid & ~layout.patch
-        owner = place.gather(1, torch.where(newline, order, owner_token.clamp_min(0)))
-        owner = owner.masked_fill(~newline & (owner_token < 0), -1)
-        features = tokens.of_views(table).gather(1, selection.keep[..., None].expand(-1, -1, table.shape[-1]))
-        return Selection(selection.keep, selection.counts, features=features, owner=owner)
+            budgets = tokens.view_budgets(self.keep)
+            return pooled_views(tokens, lambda v, rows, cols: fit_grid(budgets[v], rows, cols) if budgets[v] else (0, 0))
+        if any(n != h * w for n, (h, w) in zip(layout.n, layout.grid, strict=True)):
+            raise ValueError("'pool' needs images whose tokens form one plain grid.")
+        return pooled_images(tokens, [fit_grid(tokens_to_keep(self.keep, h * w), h, w) for h, w in layout.grid])
 
 
 @register_method("resize")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import LongTensor
+from ..ops.pool import pool_grid
 from ..tokens import Layout, Selection
 from ..views import EntryTokens
 from .packed import pack, start, tokens_of, unpack
@@ -67,7 +68,8 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     if tower is not None and tower.edited:
         selection = from_tower(layout, tower)
     elif vision.features is not None:
-        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools)
+        pooling = getattr(adapter.whole_projector, "pooling_function", pool_grid)
+        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools, pooling)
         for method in methods:
             selection = method.entry(tokens, vision.state(method)) or selection
     elif methods:

@@ -87,6 +87,11 @@ class TokenFlexProjector(nn.Module):
         return self.mlp
 
     @property
+    def pooling_function(self):
+        """[B, rows, cols, C], h, w → [B, h · w, C]."""
+        return POOLINGS[self.pooling]
+
+    @property
     def output_grid(self) -> tuple[int, int] | None:
         """(rows, columns) of the tokens of one view; None where neither grid nor count is known."""
         if self.grid is None or self.num_image_tokens is None:
@@ -105,7 +110,7 @@ class TokenFlexProjector(nn.Module):
             target = grid if self.num_image_tokens is None else target_grid(self.num_image_tokens, *grid)
         if target == grid:
             return features
-        return POOLINGS[self.pooling](features.unflatten(1, grid), *target)
+        return self.pooling_function(features.unflatten(1, grid), *target)
 
     def forward(
         self, features: Tensor, *, grid: tuple[int, int] | None = None, target: tuple[int, int] | None = None

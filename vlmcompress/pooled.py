@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that stand for rectangles of patches: where they go in the prompt and which patches each took in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .dtypes import LongTensor
+from .ops.pool import bin_owner, pool_grid
+from .ops.select import even_indices
+from .tokens import Selection
+
+if TYPE_CHECKING:
+    from .views import EntryTokens
+
+#: [B, rows, cols, C], h, w → [B, h · w, C]
+Pooling = Callable[[Tensor, int, int], Tensor]
+#: (view, rows, columns) → (h, w) of the tokens that this view's unpadded rectangle is pooled to, (0, 0) for none
+ViewTarget = Callable[[int, int, int], tuple[int, int]]
+
+
+def centres(rows: int, cols: int, h: int, w: int) -> LongTensor:
+    """[h · w] raster cells of a rows × cols grid under the centres of an even h × w grid."""
+    return (even_indices(rows, h)[:, None] * cols + even_indices(cols, w)).flatten()
+
+
+def rectangles(views: Tensor, across: int) -> Iterator[tuple[LongTensor, tuple[int, int]]]:
+    """Of every view in ``views`` [V, N] bool: its present cells in raster order and their (rows, columns)."""
+    for present in views:
+        cells = present.nonzero()[:, 0]
+        rows = len((cells // across).unique())
+        yield cells, (rows, len(cells) // max(1, rows))
+
+
+def pooled_images(tokens: EntryTokens, targets: Sequence[tuple[int, int]], pooling: Pooling = pool_grid) -> Selection:
+    """Pool every image, one plain grid each, to its own ``targets[i]`` (h, w); a token stands at its cells' centre."""
+    layout, device = tokens.layout, tokens.rows.device
+    counts = [h * w for h, w in targets]
+    images, width = len(layout), max(counts)
+    if counts == layout.n:
+        return Selection(torch.arange(width, device=device).expand(images, -1), counts)
+    keep = torch.zeros(images, width, dtype=torch.long, device=device)
+    owner = torch.full(layout.cell.shape, -1, device=device)
+    features = tokens.features.new_zeros(images, width, tokens.features.shape[-1])
+    for case in dict.fromkeys(zip(layout.grid, targets, strict=True)):
+        mine = [i for i, other in enumerate(zip(layout.grid, targets, strict=True)) if other == case]
+        (rows, cols), (h, w) = case
+        here = torch.tensor(mine, device=device)
+        pooled = pooling(tokens.features[here, : rows * cols].unflatten(1, (rows, cols)), h, w)
+        features[here, : h * w] = pooled
+        keep[here, : h * w] = centres(rows, cols, h, w).to(device)
+        owner[here, : rows * cols] = bin_owner(rows, cols, h, w).to(device)
+    return Selection(keep, counts, features=features, owner=owner)
+
+
+def pooled_views(tokens: EntryTokens, target: ViewTarget, pooling: Pooling = pool_grid) -> Selection:
+    """Pool every view of tiled images, what is left of it without padding; newlines of rows that keep a token stay."""
+    layout, device = tokens.layout, tokens.rows.device
+    views = tokens.view_cells().cpu()
+    mask, home = torch.zeros_like(views), torch.full(views.shape, -1)
+    table = tokens.rows.clone()
+    for v, (cells, (rows, cols)) in enumerate(rectangles(views, layout.view_grid[1])):
+        h, w = target(v, rows, cols) if len(cells) else (0, 0)
+        if not h * w:
+            continue
+        there = cells[centres(rows, cols, h, w)]
+        mask[v, there] = True
+        home[v, cells] = there[bin_owner(rows, cols, h, w)]
+        table[v, there.to(device)] = pooling(tokens.rows[v, cells.to(device)].view(1, rows, cols, -1), h, w)[0]
+    mask, home = mask.to(device), home.to(device)
+    selection = tokens.select_mask(tokens.of_views(mask, fill=False))
+    if selection.counts == layout.n:
+        return selection
+    order = torch.arange(layout.cell.shape[1], device=device).expand_as(layout.cell)
+    token = layout.to_views(order, fill=-1)  # [V, N] number of each cell's token in its image
+    owner_token = tokens.of_views(token.gather(1, home.clamp_min(0)).masked_fill(home < 0, -1), fill=-1)
+    place = selection.places(layout.cell.shape[1])
+    newline = layout.valid & ~layout.patch
+    owner = place.gather(1, torch.where(newline, order, owner_token.clamp_min(0)))
+    owner = owner.masked_fill(~newline & (owner_token < 0), -1)
+    features = tokens.of_views(table).gather(1, selection.keep[..., None].expand(-1, -1, table.shape[-1]))
+    return Selection(selection.keep, selection.counts, features=features, owner=owner)
