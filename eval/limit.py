@@ -72,9 +72,9 @@ class _Marks:
         return start.elapsed_time(end)
 
 
-def timed_method(method: Any, device: str) -> tuple[Any, list[float]]:
-    """The same method with a clock around what it computes; the list collects milliseconds per call."""
-    spent: list[float] = []
+def timed_method(method: Any, device: str) -> tuple[Any, dict[str, list[float]]]:
+    """The same method with a clock around what it computes; per stage the milliseconds of every call are collected."""
+    spent: dict[str, list[float]] = {name: [] for name in ("tower", "entry", "prefill", "cache")}
 
     def clocked(name: str) -> Callable:
         original = getattr(type(method), name)
@@ -86,12 +86,12 @@ def timed_method(method: Any, device: str) -> tuple[Any, list[float]]:
             out = original(self, *args)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            spent.append((time.perf_counter() - begin) * 1e3)
+            spent[name].append((time.perf_counter() - begin) * 1e3)
             return out
 
         return call
 
-    parts = {name: clocked(name) for name in ("tower", "entry", "prefill", "cache")}
+    parts = {name: clocked(name) for name in spent}
     return type(type(method).__name__, (type(method),), parts)(**method.options()), spent
 
 
@@ -128,7 +128,7 @@ def measure(
                 model(**inputs, use_cache=True, logits_to_keep=1)
                 end = marks.now()
             towers[f"keep {keep}"].append(marks.between(start, marks.at_tower))
-            own[keep].append(sum(spent))
+            own[keep].append(sum(map(sum, spent.values())))
             return marks.between(marks.at_tower, end)
 
         return case

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,11 +57,44 @@ def parse_keep(text: str) -> int | float:
     return value
 
 
-def plan(methods: Sequence[str], keeps: Sequence[int | float], seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
-    """Rows of ``methods`` × ``keeps``; the uncompressed model stands first whether it was asked for or not.
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from ``NAME=VALUE``, values as Python writes them and else as text; ``ValueError`` in one sentence."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"An option is NAME=VALUE, not '{pair}'.")
+        try:
+            options[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name.strip()] = value
+    return options
 
-    A method without a ``keep`` option gives one row, a method with a ``seed`` option one row that averages ``seeds``.
-    Raises ``ValueError`` for an unknown method or a budget that no method accepts.
+
+def parse_row(text: str, seeds: Sequence[int] = (0, 1, 2)) -> Row:
+    """One row with options of its own: ``"transprune layers=(1,2) fractions=(0.5,0.1)"``.
+
+    A value holds no spaces. A method that draws at random averages ``seeds`` unless the row names one. Raises
+    ``ValueError`` in one sentence for an unknown method or option and for values that the method refuses.
+    """
+    from ..method import create
+
+    name, *pairs = text.split() or [""]
+    options = parse_options(pairs)
+    method = create(name, **options).methods[0]
+    keep = options.pop("keep", None)
+    drawn: tuple[int | None, ...] = tuple(seeds) if hasattr(method, "seed") and "seed" not in options else (None,)
+    return Row(name, keep, drawn, options)
+
+
+def plan(
+    methods: Sequence[str], keeps: Sequence[int | float], seeds: Sequence[int] = (0, 1, 2), further: Sequence[Row] = ()
+) -> list[Row]:
+    """Rows of ``methods`` × ``keeps`` and the ``further`` ones, those of a method together.
+
+    The uncompressed model stands first whether it was asked for or not. A method without a ``keep`` option gives one
+    row, a method with a ``seed`` option one row that averages ``seeds``. Raises ``ValueError`` for an unknown method or
+    a budget that no method accepts.
     """
     from ..registry import METHODS
 
@@ -71,4 +105,7 @@ def plan(methods: Sequence[str], keeps: Sequence[int | float], seeds: Sequence[i
         options = {f.name for f in dataclasses.fields(METHODS.get(name)) if f.init}
         drawn: tuple[int | None, ...] = tuple(seeds) if "seed" in options else (None,)
         rows += [Row(name, keep, drawn) for keep in (keeps if "keep" in options else [None])]
-    return rows
+    rows += further
+    order = list(dict.fromkeys(row.method for row in rows))
+    # a row asked for twice is one row
+    return sorted({row.key: row for row in rows}.values(), key=lambda row: order.index(row.method))

@@ -58,12 +58,12 @@ def markdown(report: dict[str, Any]) -> str:
 def notes(report: dict[str, Any]) -> list[str]:
     """What the columns mean, where the numbers were taken and which rows failed."""
     machine, settings = report["environment"], report["settings"]
-    # a share of all, not "a subset", so that a reader sees how much was asked
-    subset = (
-        "all questions" if settings["limit"] is None else f"a fixed subset of {settings['limit']} questions per task"
+    asked = ", ".join(
+        f"all questions of {task}" if limit is None else f"a fixed subset of {settings['tasks'][task]:,} of {task}"
+        for task, limit in settings["limits"].items()
     )
     found = [
-        f"Asked: {subset}. Intervals resample images; ‘of uncompressed’ is paired with the uncompressed row of this "
+        f"Asked: {asked}. Intervals resample images; ‘of uncompressed’ is paired with the uncompressed row of this "
         "run, and ≈ marks rows whose interval holds 100 %.",
         "MFLOPs: the whole prefill of one prompt (tower, compressor, projector, all tokens, one lm_head position). "
         "Layer average: visual tokens that a decoder layer sees on average. KV: after the prefill, text included.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,12 @@ def evaluate(
         str, typer.Option(help="Comma-separated; the uncompressed model is always measured.")
     ] = "standard",
     keep: Annotated[str, typer.Option(help="Comma-separated budgets: tokens per image, or shares.")] = "0.33,0.22,0.11",
-    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "scenes,easy-vqa",
+    row: Annotated[
+        list[str] | None, typer.Option("--row", help="A further row, 'NAME OPTION=VALUE ...'; may be repeated.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated; NAME:QUESTIONS sets the number of one task.")
+    ] = "scenes,easy-vqa",
     limit: Annotated[int, typer.Option(min=1, help="Questions per task, a fixed subset.")] = 400,
     full: Annotated[bool, typer.Option("--full", help="All questions.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of results; what it already holds is not run again.")] = Path(
@@ -78,12 +84,13 @@ def evaluate(
     """Accuracy, FLOPs, time and memory of methods × budgets, with the baselines that a claim must beat."""
     from .commands.evaluate import Settings, evaluate
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     asked = None if full else limit
-    evaluate(Settings(model, methods, keep, tasks, asked, out, seeds, batch_size, max_new_tokens, rounds, device))
+    evaluate(
+        Settings(
+            model, methods, keep, tasks, asked, out, seeds, batch_size, max_new_tokens, rounds, device, tuple(row or ())
+        )
+    )
 
 
 @app.command()
@@ -94,16 +101,36 @@ def methods() -> None:
     list_methods()
 
 
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+class Bench(str, Enum):
+    """What ``vlmcompress bench`` measures."""
+
+    LIMIT = "limit"
+    METHODS = "methods"
+
+
 @app.command()
 def bench(
+    what: Annotated[Bench, typer.Argument(help="limit: distance to the speed limit; methods: all of them.")] = (
+        Bench.LIMIT
+    ),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
     rounds: Annotated[int, typer.Option(min=1)] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     device: str = "cpu",
 ) -> None:
-    """Distance to the speed limit: compressed prefill against a prompt that natively has the kept tokens."""
+    """Speed ratios on large random models: against prompts that natively are as short, or of every method."""
     from .commands.bench import bench
+    from .commands.bench_methods import bench_methods
 
-    bench(out, rounds, device)
+    _set_threads(threads)
+    (bench if what is Bench.LIMIT else bench_methods)(out, rounds, device)
 
 
 @app.command(

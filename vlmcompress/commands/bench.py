@@ -25,8 +25,7 @@ def bench(out: Path, rounds: int, device: str) -> dict[str, Any]:
     from ..eval import limit, results
     from ..eval.store import write_json
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"The results cannot go to {out}: it is a file, not a folder.")
+    path = result_path(out, "bench", device)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     config = limit.cpu_shape()
@@ -50,13 +49,23 @@ def bench(out: Path, rounds: int, device: str) -> dict[str, Any]:
         "attach_remove_ms": limit.attach_remove_ms(model, METHOD, KEEPS[0]),
         "import_seconds": limit.import_seconds(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", report["environment"]["device"].lower()).strip("-")
-    path = out / f"bench-{name}-torch{torch.__version__.split('+')[0]}.json"
     write_json(path, report)
     console.print(_table(report))
     console.print(f"Written: {path}", highlight=False)
     return report
+
+
+def result_path(out: Path, kind: str, device: str) -> Path:
+    """``out/KIND-DEVICE-torchVERSION.json``, its folder made. Raises ``ValueError`` when ``out`` is a file."""
+    import torch
+
+    from ..eval.results import environment
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"The results cannot go to {out}: it is a file, not a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", environment(device)["device"].lower()).strip("-")
+    return out / f"{kind}-{name}-torch{torch.__version__.split('+')[0]}.json"
 
 
 def _table(report: dict[str, Any]) -> Table:

@@ -14,7 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for on the command line; ``limit`` None means every question."""
+    """What was asked for on the command line.
+
+    ``tasks``: names, each with a number of questions of its own where one is given (``easy-vqa:1200``); ``limit``: the
+    number for the others, None for all. ``rows``: further rows, see :func:`vlmcompress.eval.rows.parse_row`.
+    """
 
     model: str
     methods: str
@@ -27,6 +31,7 @@ class Settings:
     max_new_tokens: int
     rounds: int
     device: str
+    rows: tuple[str, ...] = ()
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -36,14 +41,16 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         import_module(package)
     from ..eval import chart, results, table
     from ..eval.loading import fingerprint, load
-    from ..eval.rows import STANDARD, parse_keep, plan
+    from ..eval.rows import STANDARD, parse_keep, parse_row, plan
     from ..eval.store import Store, write_json
     from ..eval.tasks import load as load_task
 
     names = STANDARD if settings.methods == "standard" else split(settings.methods, "methods")
     keeps = [parse_keep(k) for k in split(settings.keep, "keep")]
-    rows = plan(names, keeps, range(settings.seeds))
-    samples = {task: load_task(task, limit=settings.limit) for task in split(settings.tasks, "tasks")}
+    seeds = range(settings.seeds)
+    rows = plan(names, keeps, seeds, [parse_row(text, seeds) for text in settings.rows])
+    limits = dict(task_and_limit(text, settings.limit) for text in split(settings.tasks, "tasks"))
+    samples = {task: load_task(task, limit=limit) for task, limit in limits.items()}
     model, processor = load(settings.model, device=settings.device)
     configuration = {
         "model": fingerprint(settings.model),
@@ -64,7 +71,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         },
         "settings": {
             "tasks": configuration["tasks"],
-            "limit": settings.limit,
+            "limits": limits,
             "max_new_tokens": settings.max_new_tokens,
             "batch_size": settings.batch_size,
             "rounds": settings.rounds,
@@ -92,6 +99,16 @@ def split(text: str, what: str) -> list[str]:
     if not names:
         raise ValueError(f"--{what} names nothing; it takes a comma-separated list.")
     return list(dict.fromkeys(names))
+
+
+def task_and_limit(text: str, limit: int | None) -> tuple[str, int | None]:
+    """``"scenes"`` or ``"easy-vqa:1200"`` → the task and the number of questions (None: all of them)."""
+    name, colon, number = text.partition(":")
+    if not colon:
+        return name, limit
+    if not number.isdecimal():
+        raise ValueError(f"A task is NAME or NAME:QUESTIONS, not '{text}'.")
+    return name, int(number)
 
 
 def _measure(settings, model, processor, rows, samples, store, console) -> tuple[dict[str, str], dict[str, Any]]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 
 def options_of(method: str, keep: str | None, pairs: list[str]) -> dict[str, Any]:
     """Keyword arguments of ``compress`` from the command line; ``ValueError`` in one sentence for a bad one."""
-    from ..eval.rows import parse_keep
+    from ..eval.rows import parse_keep, parse_options
     from ..registry import METHODS
 
     fields = {f.name for f in dataclasses.fields(METHODS.get(method)) if f.init}
@@ -22,15 +21,7 @@ def options_of(method: str, keep: str | None, pairs: list[str]) -> dict[str, Any
         budget = parse_keep(keep)
         if "keep" in fields:
             options["keep"] = budget
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"An option is NAME=VALUE, not '{pair}'.")
-        try:
-            options[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name.strip()] = value
-    return options
+    return options | parse_options(pairs)
 
 
 def answer_one(
