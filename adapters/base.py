@@ -54,6 +54,8 @@ class Adapter:
     joins_patches: ClassVar[bool] = False
     #: ... this many
     patches_per_token: int = 1
+    #: the patches that the projector joins to one token can only leave the tower together
+    whole_tokens: ClassVar[bool] = False
     #: the tower takes the patches of all views as one sequence [S, C] without padding
     packed_tower: ClassVar[bool] = False
     #: stages that this family cannot serve, each with the reason
@@ -132,6 +134,11 @@ class Adapter:
         layers = [chosen] if isinstance(chosen, int) else list(chosen)
         return max(layer if layer >= 0 else depth + 1 + layer for layer in layers) - 1
 
+    @property
+    def global_layers(self) -> Sequence[int]:
+        """Vision layers (0-based, ascending) in which every patch sees its whole view; the others attend in windows."""
+        return range(len(self.tower_layers))
+
     def tower_norm(self, index: int) -> nn.Module:
         """The norm in front of one vision layer's attention."""
         return self.tower_layers[index].layer_norm1
@@ -151,7 +158,10 @@ class Adapter:
         return q, k, v
 
     def tower_arguments(self, kwargs: dict[str, Any], rows: LongTensor, counts: LongTensor) -> dict[str, Any]:
-        """Packed towers: a layer's arguments when only ``rows`` [S'] of the full pack are left, ``counts`` [V] a view."""
+        """Packed towers: a layer's arguments when only ``rows`` [S'] of the full pack are left.
+
+        ``counts`` [G]: lengths of the runs of them that attend among themselves (views, or their windows).
+        """
         raise NotImplementedError
 
     def shrink_pixels(self, args: tuple, kwargs: dict, grid: tuple[int, int]) -> tuple[tuple, dict]:
@@ -167,6 +177,11 @@ class Adapter:
         return args, {**kwargs, "pixel_values": small}
 
     # projector --------------------------------------------------------------------------------------------------
+    @property
+    def side_projectors(self) -> Sequence[nn.Module]:
+        """Further modules that turn the patches of some vision layers into features of tokens, on the way."""
+        return ()
+
     def projector_rows(self, inputs: Tensor) -> Tensor:
         """The projector's input as [V, N, C]: one row per visual token that it will yield. Packed towers: [S, C]."""
         return inputs
@@ -190,6 +205,15 @@ class Adapter:
 
     def follow(self, kwargs: dict[str, Any], index: LongTensor) -> None:
         """Gather further per-token arguments of the language model by ``index`` [B, S'], in place."""
+
+    def take_injected(self, kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]] | None:
+        """Take from the language model's arguments what it would add to visual tokens behind its first layers.
+
+        Returns which tokens get something, [B, S] bool, and per layer one row for each of them, [T, D]; None for nothing.
+        Only asked for while a method acts between decoder layers: the sum is then made here, so that tokens may leave
+        before it is complete.
+        """
+        return None
 
     # geometry ---------------------------------------------------------------------------------------------------
     #: methods of :attr:`inner` that turn pixels into features

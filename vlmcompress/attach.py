@@ -313,6 +313,7 @@ class Handle:
         self._local.run = run
         if self._layerwise:
             changed = {**(changed or kwargs), RUN_KEYWORD: run}
+            run.inject(self.adapter.take_injected(changed))
         return None if changed is None else (args, changed)
 
     def _after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output):

@@ -35,6 +35,9 @@ class Layout:
     without its padding, crop tokens stand at their true place in it, thumbnail tokens at the cell under their centre
     and a newline behind the last column of its row. Both are empty for families that do not tile.
 
+    ``window`` [V, N]: for towers in which some layers attend inside windows only, the window of every cell, counted
+    within its view in the order in which the tower takes them.
+
     A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
     position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
     (beams share one).
@@ -56,6 +59,7 @@ class Layout:
     tiles: list[tuple[int, int]] = field(default_factory=list)
     thumbnail: Tensor | None = None
     view_n: list[int] | None = None
+    window: LongTensor | None = None
 
     def __len__(self) -> int:
         return len(self.n)
@@ -146,7 +150,7 @@ class Layout:
             n, [self.grid[i] for i in source], [self.kind[i] for i in source], self.view[pick], self.cell[pick],
             self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
             torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
-            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail, self.view_n,
+            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail, self.view_n, self.window,
         )  # fmt: skip
 
 
@@ -352,7 +356,8 @@ class VisualTokens:
 
     ``frames`` are ordered by their first decoder layer; ``selection`` is what ENTRY chose (None: all), ``scores`` its
     published ranking. ``tower_tokens[l]``: tokens, CLS included, that vision layer l processed, summed over views;
-    ``tower_views[l]`` [V]: the same for each view, for towers that take views of different size in one pack.
+    ``tower_views[l]`` [V]: the same for each view, for towers that take views of different size in one pack, and
+    ``tower_pairs[l]`` [V]: pairs of a query and a key that attend to each other there.
     ``positions``: position ids that entered the language model, [B, S'] or [axes, B, S'] for M-RoPE.
     ``compressor_flops``: floating-point operations that the methods themselves added, summed over the batch.
     """
@@ -364,6 +369,7 @@ class VisualTokens:
     scores: Tensor | None = None
     tower_tokens: list[int] = field(default_factory=list)
     tower_views: list[LongTensor] = field(default_factory=list)
+    tower_pairs: list[LongTensor] = field(default_factory=list)
     positions: LongTensor | None = None
     compressor_flops: int = 0
     #: entries of each decoder layer's cache after the prefill, per head where heads differ; None without a cache

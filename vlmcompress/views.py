@@ -7,7 +7,7 @@ are, and no ``[heads, N, N]`` tensor is formed to get them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +32,9 @@ class TowerLayer:
     ``hidden`` [V, prefix + n, C]: its output. ``q``, ``k``, ``v`` [V, H, prefix + n, d]: its projections, as the
     layer's own attention used them. ``ids`` [V, n]: original cell of every patch; ``valid`` [V, n] or None;
     ``bias`` [V, prefix + n] or None: what is added to attention logits per key (padding, merged sizes). The projector
-    joins ``group`` patches to a token: patch ``group · c + j`` belongs to cell c.
+    joins ``group`` patches to a token: patch ``group · c + j`` belongs to cell c. ``whole_tokens``: the patches of one
+    token can only leave together. ``global_layers``: vision layers in which a patch sees its whole view; in the others
+    it attends inside a window only, which ``q`` and ``k`` do not show.
     """
 
     index: int
@@ -50,11 +52,18 @@ class TowerLayer:
     bias: Tensor | None
     layout: Layout
     group: int = 1
+    whole_tokens: bool = False
+    global_layers: Sequence[int] = ()
     _following: Callable[[], Tensor] | None = None
 
     @property
     def n(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether this layer's patches attend inside windows of their view."""
+        return self.index not in self.global_layers
 
     @property
     def patches(self) -> Tensor:

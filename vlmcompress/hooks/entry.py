@@ -17,7 +17,7 @@ from ..dtypes import LongTensor
 from ..ops.pool import pool_grid
 from ..tokens import Layout, Selection
 from ..views import EntryTokens
-from .packed import pack, start, tokens_of, unpack
+from .packed import order_of, pack, start, tokens_of, unpack
 from .run import TowerState, Vision
 from .tower import places
 
@@ -33,7 +33,8 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         rows = adapter.projector_rows(args[0])
         if adapter.packed_tower:
             assert vision.tower is not None
-            rows = unpack(rows, tokens_of(vision.tower)[1], len(vision.tower.ids))
+            cells, valid, _ = tokens_of(vision.tower)
+            rows = unpack(rows, valid, len(cells), order_of(cells, valid, vision.tower.window))
         vision.features = rows
         if not adapter.tokenwise_projector:
             return None
@@ -49,11 +50,19 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
     def post(module: nn.Module, args: tuple, output: Tensor):
         if vision.selection is None or not adapter.tokenwise_projector:
             return None
-        table = _scatter(vision, output)
-        if adapter.packed_tower:
-            table = pack(table, start(vision.layout, 1).valid)
-        return adapter.projector_output(table)
+        return adapter.projector_output(_like_stock(_scatter(vision, output), vision, adapter))
 
+    def side(module: nn.Module, args: tuple, output: Tensor):
+        tower = vision.tower
+        if tower is None or not tower.edited:
+            return None
+        cells, valid, _ = tokens_of(tower)
+        view = torch.arange(len(cells), device=cells.device)[:, None].expand_as(cells)
+        rows = unpack(output, valid, len(cells), order_of(cells, valid, tower.window))
+        return _like_stock(_table(vision.layout, view, cells, valid, rows, 0.0), vision, adapter)
+
+    for module in adapter.side_projectors:
+        vision.handles.append(module.register_forward_hook(side))
     vision.handles.append(adapter.projector.register_forward_pre_hook(pre))
     vision.handles.append(adapter.projector.register_forward_hook(post))
 
@@ -118,13 +127,30 @@ def _scatter(vision: Vision, output: Tensor) -> Tensor:
     """[.., k, C'] projected tokens → [V, N, C'] with NaN in the dropped places."""
     layout, selection = vision.layout, vision.selection
     assert selection is not None
-    views, cells = len(layout.view_image), layout.view_grid[0] * layout.view_grid[1]
     view = layout.view.gather(1, selection.keep)
     cell = layout.cell.gather(1, selection.keep)
     number = torch.tensor(selection.counts, device=view.device)[:, None]
     real = (torch.arange(view.shape[1], device=view.device) < number) & (cell >= 0)
-    # padding and newlines land in one spare row behind the table
-    target = torch.where(real, view * cells + cell, views * cells).flatten()
-    flat = output.reshape(-1, output.shape[-1])
-    table = flat.new_full((views * cells + 1, flat.shape[-1]), float("nan")).index_copy(0, target, flat)
+    return _table(layout, view, cell, real, output, float("nan"))
+
+
+def _table(
+    layout: Layout, view: LongTensor, cell: LongTensor, real: Tensor | None, rows: Tensor, fill: float
+) -> Tensor:
+    """[V, N, C] ``rows`` at their ``view`` and ``cell``, ``fill`` elsewhere."""
+    views, cells = len(layout.view_image), layout.view_grid[0] * layout.view_grid[1]
+    target = view * cells + cell
+    if real is not None:
+        # padding and newlines land in one spare row behind the table
+        target = torch.where(real, target, views * cells)
+    flat = rows.reshape(-1, rows.shape[-1])
+    table = flat.new_full((views * cells + 1, flat.shape[-1]), fill).index_copy(0, target.flatten(), flat)
     return table[:-1].view(views, cells, -1)
+
+
+def _like_stock(table: Tensor, vision: Vision, adapter: Adapter) -> Tensor:
+    """[V, N, C] in the order in which an untouched tower would have left it; [S, C] where the tower packs."""
+    if not adapter.packed_tower:
+        return table
+    full = start(vision.layout, 1)
+    return pack(table, full.valid, full.full_order)

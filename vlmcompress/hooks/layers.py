@@ -64,7 +64,7 @@ def after_layer(
     run: Run, index: int, hidden: Tensor, prefill: list[Method], cachers: list[Method], adapter: Adapter,
     policies: Mapping[int, str],
 ) -> Tensor | None:  # fmt: skip
-    """Let the methods act behind one layer; returns the shortened states, or None when nothing left."""
+    """Let the methods act behind one layer; returns the changed states, or None when nothing left."""
     inputs, embeddings = run.layer_inputs.pop(index)
     frame = run.frame
     if managed(run.cache):
@@ -76,7 +76,8 @@ def after_layer(
             _evict(run, index, inputs, embeddings, method, adapter, policies[id(method)])
     if run.layout is None:
         return None
-    shortened = None
+    changed = run.with_injected(index, hidden)
+    hidden = hidden if changed is None else changed
     for method in prefill:
         view = _prefill_view(run, index, hidden, inputs, embeddings, adapter)
         answer = method.prefill(view, run.state(method))
@@ -85,9 +86,9 @@ def after_layer(
         frame = cut(run, answer.mask, answer.counts, index, policies[id(method)], adapter.mrope)
         if frame is None:
             continue
-        hidden = shortened = _follow(hidden, run.frame.index, frame.index, run.columns)
+        hidden = changed = _follow(hidden, run.frame.index, frame.index, run.columns)
         run.frames.append(frame)
-    return shortened
+    return changed
 
 
 def _follow(hidden: Tensor, before: LongTensor, after: LongTensor, columns: int) -> Tensor:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Towers that take the views of a pass one behind the other without padding: between their form and ours, [V, n, …]."""
+"""Towers that take the views of a pass one behind the other without padding: between their form and ours, [V, n, …].
+
+Where a tower has attention windows, its pack goes window by window; ours always goes by cells.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,61 @@ def start(layout: Layout, group: int) -> TowerState:
     number = torch.arange(cells, device=device)
     ragged = any(n != cells for n in sizes)
     valid = number < torch.tensor(sizes, device=device)[:, None] if ragged else None
-    return TowerState(ids=number.expand(len(sizes), -1), cells=cells, valid=valid, group=group, sizes=sizes)
+    ids = number.expand(len(sizes), -1)
+    order = order_of(ids // group, valid, layout.window)
+    return TowerState(
+        ids=ids, cells=cells, valid=valid, group=group, sizes=sizes, window=layout.window, order=order, full_order=order
+    )
 
 
-def unpack(x: Tensor, valid: Tensor | None, views: int) -> Tensor:
-    """[S, …] rows of all views → [V, n, …], zeros where ``valid`` [V, n] is not."""
+def order_of(cells: LongTensor, valid: Tensor | None, window: LongTensor | None) -> LongTensor | None:
+    """Which row, views one behind the other, stands at each place of the tower's own pack: [S]; None: the same one.
+
+    ``cells`` [V, n]: cell of every row. Towers with attention windows take the windows of a view one by one, ``window``
+    [V, N] being the window of every cell; inside a window rows follow each other as they stand in ``cells``.
+    """
+    if window is None:
+        return None
+    key = window.gather(1, cells)
+    if valid is not None:
+        key = key.masked_fill(~valid, torch.iinfo(torch.long).max)
+    local = key.argsort(dim=1, stable=True)
+    real = torch.ones_like(cells, dtype=torch.bool) if valid is None else valid
+    place = (real.flatten().cumsum(0) - 1).view_as(cells)
+    return place.gather(1, local)[real.gather(1, local)]
+
+
+def unpack(x: Tensor, valid: Tensor | None, views: int, order: LongTensor | None = None) -> Tensor:
+    """[S, …] rows of all views as the tower packs them → [V, n, …], zeros where ``valid`` [V, n] is not."""
+    if order is not None:
+        x = torch.empty_like(x).index_copy(0, order, x)
     if valid is None:
         return x.unflatten(0, (views, -1))
     return x.new_zeros(*valid.shape, *x.shape[1:]).index_put((valid,), x)
 
 
-def pack(x: Tensor, valid: Tensor | None) -> Tensor:
-    """[V, n, …] → [S, …], rows that are not ``valid`` left out."""
-    return x.flatten(0, 1) if valid is None else x[valid]
+def pack(x: Tensor, valid: Tensor | None, order: LongTensor | None = None) -> Tensor:
+    """[V, n, …] → [S, …] as the tower packs them, rows that are not ``valid`` left out."""
+    rows = x.flatten(0, 1) if valid is None else x[valid]
+    return rows if order is None else rows[order]
 
 
-def present_rows(tower: TowerState) -> tuple[LongTensor, LongTensor]:
-    """Row of the full pack of every patch that is present, [S], and how many each view has, [V]."""
+def present_rows(tower: TowerState) -> LongTensor:
+    """[S] row of the tower's full pack of every patch that is present, in the order of its present pack."""
     sizes = torch.tensor(tower.sizes, device=tower.ids.device)
     rows = tower.ids + (sizes.cumsum(0) - sizes)[:, None]
-    counts = torch.full_like(sizes, tower.ids.shape[1]) if tower.valid is None else tower.valid.sum(1)
-    return pack(rows, tower.valid), counts
+    rows = pack(rows, tower.valid, tower.order)
+    return rows if tower.full_order is None else tower.full_order.argsort()[rows]
+
+
+def segments(tower: TowerState, in_windows: bool) -> LongTensor:
+    """[V, W] patches in each window of each view; where attention spans whole views, [V, 1] patches of each view."""
+    ids, valid = tower.ids, tower.valid
+    if not in_windows or tower.window is None:
+        return torch.full_like(ids[:, :1], ids.shape[1]) if valid is None else valid.sum(1, keepdim=True)
+    own = tower.window.gather(1, ids // tower.group)
+    counts = torch.zeros_like(tower.window)  # there are at most as many windows as cells
+    return counts.scatter_add(1, own, torch.ones_like(own) if valid is None else valid.long())
 
 
 def tokens_of(tower: TowerState) -> tuple[LongTensor, Tensor | None, LongTensor | None]:

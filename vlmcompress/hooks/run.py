@@ -32,10 +32,14 @@ class TowerState:
     edited: bool = False
     tokens: list[int] = field(default_factory=list)
     view_tokens: list[LongTensor] = field(default_factory=list)  # packed towers: per layer [V]
+    view_pairs: list[LongTensor] = field(default_factory=list)  # packed towers: per layer [V] pairs of query and key
     group: int = 1  # patches that the projector joins to a token; ids are then patches, group · token + place in it
     sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped
     newlines: bool = True  # whether newlines of rows with a kept token stay
     leading: bool = False  # whether tokens stand in their image's first places instead of their own
+    window: LongTensor | None = None  # [V, N] attention window of every cell, where the tower has windows
+    order: LongTensor | None = None  # [S] row of ours at each place of the tower's pack, see packed.order_of
+    full_order: LongTensor | None = None  # the same before anything was dropped
 
 
 @dataclass
@@ -93,6 +97,8 @@ class Run:
     evicted: set[int] = field(default_factory=set)
     layer_inputs: dict[int, tuple] = field(default_factory=dict)
     cache_lengths: list[int] | None = None
+    #: what is added to visual tokens behind the first decoder layers: row of each column [B, S] and per layer the rows
+    injected: tuple[LongTensor, list[Tensor]] | None = None
 
     @classmethod
     def of(cls, vision: Vision, placeholders: Tensor) -> Run:
@@ -104,6 +110,24 @@ class Run:
     @property
     def frame(self) -> Frame:
         return self.frames[-1]
+
+    def inject(self, taken: tuple[Tensor, list[Tensor]] | None) -> None:
+        """Keep what an adapter took from the arguments of a call on the first frame."""
+        if taken is None:
+            return
+        mask, features = taken
+        # tokens without a feature take the row of zeros behind the last one
+        number = (mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, -1)
+        table = torch.full((len(mask), self.columns), -1, dtype=torch.long, device=mask.device)
+        rows = [torch.nn.functional.pad(feature, (0, 0, 0, 1)) for feature in features]
+        self.injected = table.scatter(1, self.frame.index, number), rows
+
+    def with_injected(self, index: int, hidden: Tensor) -> Tensor | None:
+        """Output [B, S_f, D] of decoder layer ``index`` with what is added behind it; None where nothing is."""
+        if self.injected is None or index >= len(self.injected[1]):
+            return None
+        table, rows = self.injected
+        return hidden + rows[index].to(hidden)[table.gather(1, self.frame.index)]
 
     def state(self, method: Method) -> dict:
         """See :meth:`Vision.state`."""
@@ -120,6 +144,7 @@ class Run:
             scores=next((s["scores"] for s in states if s.get("scores") is not None), None),
             tower_tokens=self.vision.tower.tokens if self.vision.tower else [],
             tower_views=self.vision.tower.view_tokens if self.vision.tower else [],
+            tower_pairs=self.vision.tower.view_pairs if self.vision.tower else [],
             positions=self.entry_positions,
             compressor_flops=int(sum(s.get("flops", 0) for s in states)),
             cache_lengths=self.cache_lengths,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.scores import folded_cls_logits
 from ..views import TowerEdit, TowerLayer
 from .masks import require_mask_support
-from .packed import pack, present_rows, start, unpack
+from .packed import order_of, pack, present_rows, segments, start, unpack
 from .run import TowerState, Vision
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
     taps: dict[str, Any] = {}
 
     def before(module: nn.Module, args: tuple, kwargs: dict):
-        changed = _before(vision, adapter, args, kwargs)
+        changed = _before(vision, index, adapter, args, kwargs)
         if callers:
             taps["arguments"] = kwargs if changed is None else changed[1]
         return changed
@@ -88,13 +88,13 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
             assert tower is not None
             if adapter.packed_tower:
                 views = len(tower.ids)
-                hidden = unpack(hidden, tower.valid, views)
-                qkv = [unpack(x, tower.valid, views).transpose(1, 2) for x in qkv]
+                hidden = unpack(hidden, tower.valid, views, tower.order)
+                qkv = [unpack(x, tower.valid, views, tower.order).transpose(1, 2) for x in qkv]
             edited = _call(vision, index, hidden, qkv, callers, adapter)
             if edited is None:
                 return None
             if adapter.packed_tower:
-                edited = pack(edited, tower.valid)
+                edited = pack(edited, tower.valid, tower.order)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         # in front of other hooks, so that recorded hidden states are those that go on
@@ -109,19 +109,19 @@ def _tap(taps: dict[str, Any], name: str):
     return hook
 
 
-def _before(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
+def _before(vision: Vision, index: int, adapter: Adapter, args: tuple, kwargs: dict):
     """Count the tokens and pass on the key bias of padded or merged patches."""
     tower = vision.tower
     assert tower is not None
     hidden = args[0] if args else kwargs["hidden_states"]
     if adapter.packed_tower:
+        counts = segments(tower, index not in adapter.global_layers)
         tower.tokens.append(len(hidden))
+        tower.view_tokens.append(counts.sum(1))
+        tower.view_pairs.append(counts.square().sum(1))
         if not tower.edited:
-            tower.view_tokens.append(torch.tensor(tower.sizes))
             return None
-        rows, counts = present_rows(tower)
-        tower.view_tokens.append(counts)
-        return args, adapter.tower_arguments(kwargs, rows, counts)
+        return args, adapter.tower_arguments(kwargs, present_rows(tower), counts[counts > 0])
     tower.tokens.append(hidden.shape[0] * hidden.shape[1])
     bias = _key_bias(tower, adapter.tower_prefix)
     if bias is None:
@@ -154,10 +154,15 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
             q=q, k=k, v=v, scale=adapter.tower_scale,
             prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
             bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
+            whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers,
             _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
         )  # fmt: skip
         edit = method.tower(layer, vision.state(method))
         if edit is not None:
+            if edit.leading and adapter.whole_tokens:
+                raise ValueError(
+                    f"'{method.name}' lets patches of different tokens be joined, which this family's tower cannot take."
+                )
             hidden = _apply(tower, edit, hidden, prefix)
             edited = True
     return hidden if edited else None
@@ -191,6 +196,7 @@ def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> T
         tower.owner = local.gather(1, before.clamp_min(0)).masked_fill(before < 0, -1)
     tower.ids = tower.ids.gather(1, keep)
     tower.valid, tower.newlines, tower.leading = edit.valid, edit.newlines, edit.leading
+    tower.order = order_of(tower.ids // tower.group, tower.valid, tower.window)
     tower.bias = (
         edit.bias if edit.bias is not None else (tower.bias.gather(1, keep) if tower.bias is not None else None)
     )

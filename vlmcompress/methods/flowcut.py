@@ -40,7 +40,9 @@ class FlowCut(Method):
     ``llm_layer``, goes down to it by the same score with the last prompt token in the place of CLS.
 
     Towers without a CLS token take the mean query in its place and run through to their last layer. Where the projector
-    joins blocks of patches to tokens, ``variant`` decides what becomes of the blocks.
+    joins blocks of patches to tokens, ``variant`` decides what becomes of the blocks. Where some layers attend inside
+    windows (Qwen2.5-VL, for which nothing was released), every layer scores as ever, but only those in which a patch
+    sees its whole view cut (ours).
 
     Differs from the official code: scores are fp32 and read off the layer's own projections; ties go to the lowest
     index; images of a batch do not share the number of patches to drop (the crops of one image do, as published) unless
@@ -61,8 +63,10 @@ class FlowCut(Method):
             in the released code.
         variant: towers without a CLS token only. "official" is the released code: no similarity term, and single patches
             are kept, so that the projector joins patches of different blocks and the resulting tokens take the first
-            positions of their image. "aligned" (ours): the similarity of the values to the mean value counts as in the
-            paper, whole blocks are kept by the sum of their patches' scores, and every token keeps its own position.
+            positions of their image; towers whose patches only leave as whole tokens (attention windows, DeepStack)
+            cannot take it. "aligned" (ours): the similarity of the values to the mean value counts as in the paper,
+            whole blocks are kept by the sum of their patches' scores, and every token keeps its own position. None:
+            "official" where it can work, else "aligned".
     """
 
     keep: int | float = 64
@@ -71,7 +75,7 @@ class FlowCut(Method):
     first_prune_layer: int = 0
     llm_layer: int | None = 1
     official_coupling: bool = False
-    variant: str = "official"
+    variant: str | None = None
 
     summary: ClassVar[str] = "progressive cuts inside the vision tower, their size by attention entropy"
     paper: ClassVar[str] = "arXiv 2505.19536"
@@ -87,15 +91,20 @@ class FlowCut(Method):
             raise ValueError(f"every is a number of vision layers, at least 1, not {self.every!r}.")
         if self.first_prune_layer < 0:
             raise ValueError(f"first_prune_layer is a vision layer counted from 0, not {self.first_prune_layer!r}.")
-        if self.variant not in ("official", "aligned"):
-            raise ValueError(f"variant is 'official' or 'aligned', not {self.variant!r}.")
+        if self.variant not in (None, "official", "aligned"):
+            raise ValueError(f"variant is 'official', 'aligned' or None, not {self.variant!r}.")
         if self.llm_layer is None:
             object.__setattr__(self, "stages", frozenset({Stage.TOWER}))
         elif self.llm_layer < 0:
             raise ValueError(f"llm_layer is a decoder layer counted from 0, or None, not {self.llm_layer!r}.")
 
     def check_family(self, adapter: Adapter) -> None:
-        last = self._last_cut(adapter.feature_layer, adapter.has_cls)
+        if self.variant == "official" and adapter.whole_tokens:
+            raise ValueError(
+                "variant='official' lets single patches leave, and this tower's patches only leave as whole tokens; use "
+                "variant='aligned'."
+            )
+        last = self._last_cut(adapter)
         if last < 0:
             raise ValueError("'flowcut' needs a vision tower with a layer in front of the one whose output is used.")
         if self.first_prune_layer > last:
@@ -109,16 +118,20 @@ class FlowCut(Method):
             )
 
     @staticmethod
-    def _last_cut(feature_layer: int, has_cls: bool) -> int:
+    def _last_cut(tower: Adapter | TowerLayer) -> int:
         """Layer behind which the last cut lies: with a CLS token the feature layer itself still runs on the budget."""
-        return feature_layer - 1 if has_cls else feature_layer
+        last = tower.feature_layer - 1 if tower.has_cls else tower.feature_layer
+        return max((layer for layer in tower.global_layers if layer <= last), default=-1)
+
+    def _whole_blocks(self, layer: TowerLayer) -> bool:
+        return layer.whole_tokens if self.variant is None else self.variant == "aligned"
 
     def _cuts_inside(self, adapter: Adapter) -> bool:
         return self.llm_layer is not None and (adapter.tiled or not adapter.has_cls)
 
     # TOWER ------------------------------------------------------------------------------------------------------
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
-        return range(self._last_cut(adapter.feature_layer, adapter.has_cls) + 1)
+        return range(self._last_cut(adapter) + 1)
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
         counts: list[int] = state.setdefault("counts", [n * layer.group for n in layer.layout.view_sizes])
@@ -130,10 +143,10 @@ class FlowCut(Method):
         state["running"] = running
         state["flops"] = state.get("flops", 0) + 4 * layer.v.numel()
 
-        left = self._last_cut(layer.feature_layer, layer.has_cls) - layer.index
-        if left % self.every or layer.index < self.first_prune_layer:
+        left = self._last_cut(layer) - layer.index
+        if left % self.every or layer.index < self.first_prune_layer or layer.in_windows:
             return None
-        block = 1 if self.variant == "official" else layer.group
+        block = layer.group if self._whole_blocks(layer) else 1
         if left:
             new = self._shorter(attention, counts, targets, left, layer, block)
         else:
@@ -145,7 +158,7 @@ class FlowCut(Method):
         ranked = running if layer.valid is None else running.masked_fill(~layer.valid, float("-inf"))
         keep = top_blocks(ranked, new, block)
         state["running"] = running.gather(1, keep)
-        leading = layer.group > 1 and self.variant == "official"
+        leading = block < layer.group
         return TowerEdit(keep, valid=real_places(new, keep), newlines=False, leading=leading)
 
     def _score(self, layer: TowerLayer) -> tuple[Tensor, Tensor]:
@@ -157,7 +170,7 @@ class FlowCut(Method):
             return shares(attention), flow_score(attention, similarity, value_magnitude(patches))
         attention = attention_row(mean_token(layer.q, layer.valid), layer.k, layer.scale, layer.bias).mean(1)
         similarity = None
-        if self.variant == "aligned":
+        if self._whole_blocks(layer):
             similarity = attention_row(mean_token(patches, layer.valid), patches, layer.scale, layer.bias).mean(1)
         return attention, flow_score(attention, similarity, value_magnitude(patches))
 

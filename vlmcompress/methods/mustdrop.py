@@ -143,7 +143,7 @@ class MustDrop(Method):
 
     # TOWER ------------------------------------------------------------------------------------------------------
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
-        last = len(adapter.tower_layers) - 1
+        last = adapter.global_layers[-1]
         return {0, last} if self.merges(adapter) else {last}
 
     def merges(self, adapter: Adapter) -> bool:
@@ -151,7 +151,7 @@ class MustDrop(Method):
         return self.merge and not adapter.joins_patches
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
-        if layer.index == layer.depth - 1:
+        if layer.index == layer.global_layers[-1]:
             state["key"] = self._key_set(layer, state)
             return None
         cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..method import Method, Stage, check_keep
-from ..ops.scores import received_attention
+from ..ops.flowcut import mean_token
+from ..ops.scores import attention_row, received_attention
 from ..registry import register_method
 from ..views import EntryTokens, Selection, TowerLayer
 
@@ -30,11 +31,15 @@ class VtcCls(Method):
 
     Differs from the official code: the row is recomputed in fp32 from the layer's own projections instead of forcing
     eager attention; batches are scored per image (the official head mean runs over the batch); ties go to the lowest
-    index. Towers without a CLS token use the attention each patch receives (our extension, not in the paper).
+    index. Towers without a CLS token, which the paper does not treat, take a substitute, see ``score`` (ours); of towers
+    with attention windows only the layers count in which a patch sees its whole view, and where the projector joins
+    patches a token's score is their mean.
 
     Args:
         keep: visual tokens per image, or their share.
         layers: size of the ensemble, K; the paper's tables use 3.
+        score: towers without a CLS token: "received" is the attention that each patch receives, averaged over the
+            queries of its view; "mean_query" the attention of the mean query, which is cheaper.
         start_layer: first layer of the ensemble instead of ``layers``, as in the official command line; a negative one
             counts from the end of the tower.
         pooled: tiled images: one ranking over all views of an image instead of an even share for each.
@@ -44,6 +49,7 @@ class VtcCls(Method):
 
     keep: int | float = 64
     layers: int = 3
+    score: str = "received"
     start_layer: int | None = None
     pooled: bool = False
     newlines: bool = True
@@ -56,29 +62,38 @@ class VtcCls(Method):
         check_keep(self.keep)
         if self.layers < 1:
             raise ValueError(f"layers is the number of vision layers to sum, at least 1, not {self.layers}.")
+        if self.score not in ("received", "mean_query"):
+            raise ValueError(f"score is 'received' or 'mean_query', not {self.score!r}.")
 
     def check_family(self, adapter: Adapter) -> None:
         if not self.tower_layers(adapter):
             raise ValueError(
-                f"start_layer {self.start_layer} lies behind layer {adapter.feature_layer}, whose output is used."
+                f"start_layer {self.start_layer} leaves no vision layer: the last one that counts here is "
+                f"{max(self._counting(adapter), default=None)}."
             )
 
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
-        top = adapter.feature_layer
+        counting = self._counting(adapter)
         if self.start_layer is None:
-            start = max(0, top - self.layers + 1)
-        else:
-            start = self.start_layer if self.start_layer >= 0 else len(adapter.tower_layers) + self.start_layer
-        return range(max(0, start), top + 1)
+            return counting[-self.layers :]
+        start = self.start_layer if self.start_layer >= 0 else len(adapter.tower_layers) + self.start_layer
+        return [layer for layer in counting if layer >= start]
+
+    @staticmethod
+    def _counting(adapter: Adapter) -> list[int]:
+        return [layer for layer in adapter.global_layers if layer <= adapter.feature_layer]
 
     def tower(self, layer: TowerLayer, state: dict) -> None:
         if layer.has_cls:
             row = layer.cls_row()
             work = 4 * layer.n * layer.q.shape[1] * layer.q.shape[-1] * len(row)
+        elif self.score == "mean_query":
+            row = attention_row(mean_token(layer.q, layer.valid), layer.k, layer.scale, layer.bias).mean(1)
+            work = 4 * layer.q.numel()
         else:
             row = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid)
             work = 2 * layer.n**2 * layer.q.shape[1] * layer.q.shape[-1] * len(row)
-        row = layer.per_token(row)
+        row = layer.per_token(row) / layer.group
         state["sum"] = row if "sum" not in state else state["sum"] + row
         state["flops"] = state.get("flops", 0) + work
 
