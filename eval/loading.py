@@ -23,9 +23,10 @@ def load(
     Raises ``ValueError`` in one sentence for a missing folder, one without config, weights or processor, a model
     that reads no images and a family without an adapter.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     from ..catalog import families
+    from ..checkpoints import loader_of
 
     folder = Path(name)
     if folder.is_dir():
@@ -53,7 +54,7 @@ def load(
         raise ValueError(f"The folder {folder} has no processor ({' or '.join(PROCESSOR_FILES)} is missing).")
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = loader_of(config)(
             name, dtype=dtype, **({} if attn_implementation is None else {"attn_implementation": attn_implementation})
         )
     except ModuleNotFoundError:
@@ -92,36 +93,38 @@ def turn(question: str, *media: Image.Image | Sequence[Image.Image]) -> list[dic
 
 
 def encode_chats(
-    model: Any, processor: Any, chats: Sequence[list[dict[str, Any]]], **processor_options: Any
+    model: Any,
+    processor: Any,
+    chats: Sequence[list[dict[str, Any]]],
+    beginnings: Sequence[str] | None = None,
+    **processor_options: Any,
 ) -> dict[str, Any]:
     """Left-padded inputs of a batch of chats on the model's device, pixels in its dtype.
 
     A chat is a list of messages as the processors of transformers take them: ``{"role", "content": [{"type": "text",
-    "text"} | {"type": "image", "image"} | {"type": "video", "video"}]}`` with pictures, frames or paths. The prompt is
-    the processor's own chat template; a processor without one gets LLaVA's plain form, each part on a line.
-    ``processor_options`` go to the processor (``num_frames``, ``fps``).
+    "text"} | {"type": "image", "image"} | {"type": "video", "video"}]}`` with pictures, frames or paths. ``beginnings``
+    are the first words of the answers, behind the prompts; ``processor_options`` go to the processor (``num_frames``).
     """
-    options = {"padding": True, "return_tensors": "pt"} | processor_options
-    if getattr(processor, "chat_template", None):
-        inputs = processor.apply_chat_template(
-            list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
-        )
-    else:
-        inputs = processor(text=[_plain(processor, chat) for chat in chats], **_media(chats), **options)
+    prompts = [prompt_of(processor, chat) for chat in chats]
+    texts = prompts if beginnings is None else [p + b for p, b in zip(prompts, beginnings, strict=True)]
+    parts = [part for chat in chats for message in chat for part in message["content"]]
+    media = {f"{kind}s": [p[kind] for p in parts if p["type"] == kind] for kind in ("image", "video")}
+    media = {name: found for name, found in media.items() if found}
+    bos = processor.tokenizer.bos_token
+    if bos and texts[0].startswith(bos):  # the template wrote it; the tokenizer must not do so again
+        processor_options["add_special_tokens"] = False
+    inputs = processor(text=texts, return_tensors="pt", padding=True, **media, **processor_options)
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
-def _plain(processor: Any, chat: list[dict[str, Any]]) -> str:
+def prompt_of(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The processor's own chat template around a chat; LLaVA's plain form, each part on a line, without a template."""
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template(chat, add_generation_prompt=True)
     parts = [part for message in chat for part in message["content"]]
     return "".join(
         (p["text"] if p["type"] == "text" else getattr(processor, f"{p['type']}_token")) + "\n" for p in parts
     )
-
-
-def _media(chats: Sequence[list[dict[str, Any]]]) -> dict[str, list[Any]]:
-    parts = [part for chat in chats for message in chat for part in message["content"]]
-    found = {f"{kind}s": [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
-    return {name: media for name, media in found.items() if media}
 
 
 def encode(model: Any, processor: Any, images: list[Image.Image], questions: list[str]) -> dict[str, Any]:
