@@ -94,6 +94,24 @@ def evaluate(
 
 
 @app.command()
+def flops(
+    model: Annotated[
+        str, typer.Argument(help="Model folder, hub id or one of the shipped architectures (llava-1.5-7b ...).")
+    ],
+    method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
+    keep: Annotated[str | None, typer.Option(help="Visual tokens per image, or a share of them (0.25).")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
+    image: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "672x672",
+    text: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 60,
+    json: Annotated[Path | None, typer.Option(help="File for the numbers.")] = None,
+) -> None:
+    """Count a method on an architecture of true size, by stage and under three conventions; no weights are needed."""
+    from .commands.flops import Settings, flops
+
+    flops(Settings(model, method, keep, option or [], image, text, json))
+
+
+@app.command()
 def methods() -> None:
     """List the methods, where they act and the options they take."""
     from .commands.methods import list_methods
