@@ -14,8 +14,12 @@ from .loading import answer, encode_chats, first_sentence
 from .rows import UNCOMPRESSED, Row
 from .store import Store
 from .tasks import Sample
+from .workers import Workers
 
 Tick = Callable[[str, int], None]
+Question = tuple[str, Sample]
+Batch = tuple[list[Question], int, tuple[str, ...]]
+ALONE = Workers()
 
 
 def run_rows(
@@ -23,53 +27,95 @@ def run_rows(
     processor: Any,
     rows: Sequence[Row],
     samples: Mapping[str, list[Sample]],
-    store: Store,
+    store: Store | None,
     *,
     batch_size: int = 64,
     max_new_tokens: int = 8,
+    workers: Workers = ALONE,
     tick: Tick = lambda row, answers: None,
 ) -> dict[str, str]:
     """Answer every question of every task under every row, picking up what ``store`` already holds.
 
-    Returns the one-sentence error of each run that failed, by run key; the other rows are unaffected. ``tick`` is told
-    the row and the number of answers as they finish, stored ones included.
+    Several ``workers`` take the batches in turn; only the first has a ``store``, the others pass None. Returns the
+    one-sentence error of each run that failed, by run key; the other rows are unaffected. ``tick`` is told the row and
+    the number of answers as they finish, stored ones included.
     """
-    import vlmcompress
-
     questions = [(task, sample) for task, found in samples.items() for sample in found]
     errors: dict[str, str] = {}
     for row in rows:
         for seed in row.seeds:
             key = row.run_key(seed)
-            done = {(a["task"], a["id"]) for a in store.answers(key)}
+            done = workers.share(None if store is None else {(a["task"], a["id"]) for a in store.answers(key)})
             left = [q for q in questions if (q[0], q[1].id) not in done]
             tick(key, len(questions) - len(left))
-            if not left:
-                continue
-            try:
-                with vlmcompress.compress(model, row.method, **row.arguments(seed)) as handle:
-                    for start in range(0, len(left), batch_size):
-                        batch = left[start : start + batch_size]
-                        store.append(key, _batch(model, processor, handle, batch, max_new_tokens))
-                        tick(key, len(batch))
-            # a method may fail in any way; its row says so and the others go on
-            except Exception as error:
-                if isinstance(error, OSError):
-                    raise
-                errors[key] = first_sentence(error)
+            batches = _batches(left, batch_size, max_new_tokens)
+            error = _run(model, processor, row, seed, batches, store, workers, tick) if left else None
+            if error:
+                errors[key] = error
     return errors
+
+
+def _batches(questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Batch]:
+    """Questions in their order, together with others that are decoded alike: questions, new tokens, ends."""
+    alike: dict[tuple[int, tuple[str, ...]], list[Question]] = {}
+    for task, sample in questions:
+        alike.setdefault((sample.max_new_tokens or max_new_tokens, sample.until), []).append((task, sample))
+    return [
+        (members[start : start + batch_size], length, until)
+        for (length, until), members in alike.items()
+        for start in range(0, len(members), batch_size)
+    ]
+
+
+def _run(
+    model: Any,
+    processor: Any,
+    row: Row,
+    seed: int | None,
+    batches: Sequence[Batch],
+    store: Store | None,
+    workers: Workers,
+    tick: Tick,
+) -> str | None:
+    """Answer the batches of one run, each worker its own; the error that ended it, in one sentence."""
+    import vlmcompress
+
+    key = row.run_key(seed)
+    # a method may fail in any way; its row says so and the others go on
+    try:
+        handle = vlmcompress.compress(model, row.method, **row.arguments(seed))
+    except Exception as failure:
+        return first_sentence(failure)
+    with handle:
+        for start in range(0, len(batches), workers.size):
+            lines, error = [], None
+            try:
+                for batch in batches[start : start + workers.size][workers.rank :][:1]:
+                    lines = _batch(model, processor, handle, *batch)
+            except Exception as failure:
+                error = first_sentence(failure)
+            found = workers.gather((lines, error))
+            for answers, _ in found:
+                if answers and store is not None:
+                    store.append(key, answers)
+                tick(key, len(answers))
+            failed = [error for _, error in found if error]
+            if failed:
+                return failed[0]
+    return None
 
 
 def _batch(
     model: Any,
     processor: Any,
     handle: Any,
-    batch: Sequence[tuple[str, Sample]],
+    batch: Sequence[Question],
     max_new_tokens: int,
+    until: tuple[str, ...],
 ) -> list[dict[str, Any]]:
     """One line per question: the answer, whether it is right, and the ledger's account of what it cost."""
     inputs = encode_chats(model, processor, [sample.chat() for _, sample in batch])
-    predictions = answer(model, processor, inputs, max_new_tokens)
+    predictions = answer(model, processor, inputs, max_new_tokens, until)
     shape = counter.ModelShape.from_config(model.config)
     ledger = handle.last
     size = model.dtype.itemsize

@@ -34,8 +34,11 @@ class Settings:
     rows: tuple[str, ...] = ()
 
 
-def evaluate(settings: Settings) -> dict[str, Any]:
-    """Run what ``settings.out`` does not hold yet, print the table, write report.json, report.md and frontier.png."""
+def evaluate(settings: Settings) -> dict[str, Any] | None:
+    """Run what ``settings.out`` does not hold yet, print the table, write report.json, report.md and frontier.png.
+
+    Under ``accelerate launch`` the processes share the questions; the first one alone writes and returns the report.
+    """
     # before hours are spent: the packages that the report needs at the very end
     for package in ("matplotlib", "scipy"):
         import_module(package)
@@ -44,6 +47,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from ..eval.rows import STANDARD, parse_keep, parse_row, plan
     from ..eval.store import Store, write_json
     from ..eval.tasks import load as load_task
+    from ..eval.workers import workers
 
     names = STANDARD if settings.methods == "standard" else split(settings.methods, "methods")
     keeps = [parse_keep(k) for k in split(settings.keep, "keep")]
@@ -51,16 +55,19 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     rows = plan(names, keeps, seeds, [parse_row(text, seeds) for text in settings.rows])
     limits = dict(task_and_limit(text, settings.limit) for text in split(settings.tasks, "tasks"))
     samples = {task: load_task(task, limit=limit) for task, limit in limits.items()}
-    model, processor = load(settings.model, device=settings.device)
+    team = workers(settings.device)
+    model, processor = load(settings.model, device=team.device)
     configuration = {
         "model": fingerprint(settings.model),
         "tasks": {task: len(found) for task, found in samples.items()},
         "max_new_tokens": settings.max_new_tokens,
         "dtype": str(model.dtype),
     }
-    store = Store(settings.out, configuration)
-    console = Console()
-    errors, timings = _measure(settings, model, processor, rows, samples, store, console)
+    store = Store(settings.out, configuration) if team.main else None
+    console = Console(quiet=not team.main)
+    errors, timings = _measure(settings, model, processor, rows, samples, store, team, console)
+    if store is None:
+        return None
     report = {
         "schema": results.SCHEMA,
         "model": {
@@ -76,7 +83,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             "batch_size": settings.batch_size,
             "rounds": settings.rounds,
         },
-        "environment": results.environment(settings.device),
+        "environment": results.environment(team.device) | {"processes": team.size},
         "rows": results.summarize(
             store, rows, list(samples), errors=errors, timings=timings, expected=sum(map(len, samples.values()))
         ),
@@ -111,7 +118,7 @@ def task_and_limit(text: str, limit: int | None) -> tuple[str, int | None]:
     return name, int(number)
 
 
-def _measure(settings, model, processor, rows, samples, store, console) -> tuple[dict[str, str], dict[str, Any]]:
+def _measure(settings, model, processor, rows, samples, store, team, console) -> tuple[dict[str, str], dict[str, Any]]:
     """The two phases under one progress bar each: answers, then clocks."""
     from ..eval.runner import run_rows, time_rows
 
@@ -128,10 +135,10 @@ def _measure(settings, model, processor, rows, samples, store, console) -> tuple
 
         errors = run_rows(
             model, processor, rows, samples, store,
-            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens, tick=answered,
+            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens, workers=team, tick=answered,
         )  # fmt: skip
         progress.update(bar, description="answers")
-        if not settings.rounds:
+        if not settings.rounds or not team.main:
             return errors, {}
         clock = progress.add_task("clocks", total=3 * len(rows) * (settings.rounds + 2))
         first = next(iter(samples.values()))[0]
