@@ -19,6 +19,7 @@ The compressor's own cost is inside every convention. This module needs neither 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from ..tokens import Layout, VisualTokens
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
-GATED_TEXT = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text", "qwen3")
+GATED_TEXT = (
+    "gemma", "llama", "mistral", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text",
+)  # fmt: skip
 #: families of one plain tower per view and a projector of two linear layers
 LLAVA_LIKE = ("llava", "llava_next")
 #: families of one tower for views of any size, whose projector joins blocks of patches
-QWEN_LIKE = ("qwen2_vl",)
+QWEN_LIKE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 #: vision towers whose layer is attention plus a plain feed-forward block of two matrices, with (1) or without (0) CLS
 PLAIN_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
@@ -70,7 +73,8 @@ class ModelShape:
 
     ``projector``: (in, out) of each linear layer; ``patch_inputs``: numbers in one patch (3 × 14 × 14 for CLIP-L);
     ``tower_tokens``: tokens of one view in the tower at its native resolution, the ``tower_prefix`` CLS included, or 0
-    where every view has a size of its own; ``group``: patches that the projector joins to one token.
+    where every view has a size of its own; ``group``: patches that the projector joins to one token; ``windowed``: vision
+    layers that attend inside windows; ``side_layers``: vision layers whose output passes a projector of its own too.
     """
 
     text: Stack
@@ -81,6 +85,8 @@ class ModelShape:
     patch_inputs: int
     projector: tuple[tuple[int, int], ...]
     group: int = 1
+    windowed: tuple[int, ...] = ()
+    side_layers: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -111,15 +117,17 @@ class ModelShape:
 
     @classmethod
     def _qwen(cls, text: Any, vision: Any) -> ModelShape:
-        width, heads, group = vision.embed_dim, vision.num_heads, vision.spatial_merge_size**2
+        width = getattr(vision, "embed_dim", vision.hidden_size)
+        heads, group = vision.num_heads, vision.spatial_merge_size**2
+        whole = getattr(vision, "fullatt_block_indexes", None)
         tower = Stack(
             layers=vision.depth,
             d=width,
-            m=int(width * vision.mlp_ratio),
+            m=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
             heads=heads,
             kv_heads=heads,
             head_dim=width // heads,
-            gated=False,
+            gated=vision.model_type == "qwen2_5_vl_vision",
         )
         return cls(
             text=_stack(text, gated=True),
@@ -130,6 +138,8 @@ class ModelShape:
             patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((group * width, group * width), (group * width, text.hidden_size)),
             group=group,
+            windowed=tuple(layer for layer in range(vision.depth) if whole is not None and layer not in whole),
+            side_layers=tuple(getattr(vision, "deepstack_visual_indexes", ())),
         )
 
     def kv_bytes(self, entries: Sequence[float], bytes_per_number: float) -> float:
@@ -141,6 +151,15 @@ class ModelShape:
         if self.tower_tokens:
             return [self.tower_tokens] * len(layout.view_image)
         return [n * self.group + self.tower_prefix for n in layout.view_sizes]
+
+    def native_pairs(self, layout: Layout) -> list[list[float]]:
+        """By vision layer: pairs of a query and a key of every view in a tower that no method touched."""
+        whole = [n * n for n in self.native_views(layout)]
+        if layout.window is None:
+            return [whole] * self.tower.layers
+        cells = zip(layout.window.tolist(), layout.view_sizes, strict=True)
+        inside = [sum((c * self.group) ** 2 for c in Counter(row[:n]).values()) for row, n in cells]
+        return [inside if layer in self.windowed else whole for layer in range(self.tower.layers)]
 
 
 def kv_numbers(text: Any) -> int:
@@ -170,7 +189,8 @@ class Profile:
     ``visual[l]``: visual tokens that decoder layer l processes; ``text``: text tokens; ``tower[l]``: tokens, CLS
     included, that vision layer l processes, summed over ``views`` views; ``tower_pairs[l]``: pairs of a query and a key
     there, the sum of the views' squared lengths (left out: all views have the same length); ``projected``: tokens that
-    pass the projector; ``compressor``: floating-point operations that the method adds.
+    pass the projector, those that pass one behind a layer of the tower's middle as well counted once more for each;
+    ``compressor``: floating-point operations that the method adds.
     """
 
     visual: tuple[float, ...]
@@ -251,6 +271,9 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """
     layout, samples = ledger.layout, ledger.samples
     layers = _tower_by_view(shape, ledger)
+    pairs = [counts.tolist() for counts in ledger.tower_pairs]
+    if not pairs:
+        pairs = [[n * n for n in row] for row in layers] if ledger.tower_tokens else shape.native_pairs(layout)
     found = []
     for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(ledger), strict=True)):
         own = [image for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
@@ -258,8 +281,9 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
             Profile(
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
-                **_tower_sums(layers, mine),
-                projected=sum(int((~image.is_newline[image.kept]).sum()) for image in own),
+                **_tower_sums(layers, pairs, mine),
+                projected=sum(int((~image.is_newline[image.kept]).sum()) for image in own)
+                + _side_tokens(shape, layers, mine),
                 compressor=ledger.compressor_flops / len(samples),
             )
         )
@@ -293,13 +317,19 @@ def _tower_by_view(shape: ModelShape, ledger: VisualTokens) -> list[list[float]]
     return [list(map(float, shape.native_views(ledger.layout)))] * shape.tower.layers
 
 
-def _tower_sums(layers: list[list[float]], views: list[int]) -> dict[str, Any]:
+def _side_tokens(shape: ModelShape, layers: list[list[float]], views: list[int]) -> float:
+    """Tokens of ``views`` that pass a projector in the tower's middle: what its layer leaves to the next one."""
+    last = len(layers) - 1
+    return sum(layers[min(layer + 1, last)][v] for layer in shape.side_layers for v in views) / shape.group
+
+
+def _tower_sums(layers: list[list[float]], pairs: list[list[float]], views: list[int]) -> dict[str, Any]:
     if not views:
         return {}
     return {
         "views": len(views),
         "tower": tuple(sum(counts[v] for v in views) for counts in layers),
-        "tower_pairs": tuple(sum(counts[v] ** 2 for v in views) for counts in layers),
+        "tower_pairs": tuple(sum(counts[v] for v in views) for counts in pairs),
     }
 
 
@@ -315,7 +345,7 @@ def cache_entries(ledger: VisualTokens) -> list[list[float]]:
 def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """What the same samples cost when every token of theirs goes all the way."""
     native = shape.native_views(ledger.layout)
-    layers = [list(map(float, native))] * shape.tower.layers
+    layers, pairs = [list(map(float, native))] * shape.tower.layers, shape.native_pairs(ledger.layout)
     views = _views_of_samples(ledger)
     found = []
     for sample, mine in zip(ledger.samples, views, strict=True):
@@ -324,8 +354,9 @@ def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
             Profile(
                 visual=(n,) * ledger.n_layers,
                 text=sample.text_tokens,
-                **_tower_sums(layers, mine),
-                projected=sum((native[v] - shape.tower_prefix) / shape.group for v in mine),
+                **_tower_sums(layers, pairs, mine),
+                projected=sum((native[v] - shape.tower_prefix) / shape.group for v in mine)
+                + _side_tokens(shape, layers, mine),
             )
         )
     return found

@@ -181,6 +181,12 @@ def qwen():
     return tiny_qwen("eager")  # torch does not count the CPU's fused attention
 
 
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def later_qwen(request):
+    """Attention windows and a gated feed-forward block in the tower; DeepStack."""
+    return tiny_qwen("eager", family=request.param)
+
+
 TWO_SIZES = [[5, (4, 6), 3, (2, 3), 7]]
 
 
@@ -219,6 +225,26 @@ def test_qwen_uncompressed_is_what_the_stock_model_computes(qwen):
     assert report.flops["full"] < report.flops_before["full"]
     # float32, two KV heads of 16 numbers, four layers; a third of 24 and of 6 tokens
     assert report.kv_bytes == (8 + 2 + report.text_tokens) * 4 * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("none", {}),
+        ("grid", {"keep": 3}),
+        ("vtc-cls", {"keep": 3, "layers": 1}),
+        ("fastv", {"keep": 3, "layer": 1}),
+        (FirstBlocks(), {}),
+    ],
+    ids=["none", "grid", "vtc-cls", "fastv", "in-tower"],
+)
+def test_later_qwen_agrees_with_torch(later_qwen, method, options):
+    inputs = prompts_qwen([[5, (4, 6), 3, (3, 8), 7]], family=later_qwen.config.model_type)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        later_qwen(**inputs, logits_to_keep=1)
+    _, report, total = counted(later_qwen, inputs, method, **options)
+    assert report.flops_before["full"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert report.flops["full"] == pytest.approx(total, rel=0.01)
 
 
 def test_every_view_attends_to_itself_only(qwen):
