@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters.base import Adapter, adapter_for
+from .compat import cache_of
 from .hooks.cache import check_cache, managed
-from .hooks.decoder import cache_of, dropped_columns, enter, restore_length
+from .hooks.decoder import dropped_columns, enter, restore_length
 from .hooks.entry import choose, watch_projector
-from .hooks.layers import after_layer, before_layer, settle
+from .hooks.eviction import settle
+from .hooks.layers import after_layer, before_layer
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
 from .method import POSITIONS, Composition, Method, Stage, create
@@ -109,6 +111,7 @@ class Handle:
         # some methods cut inside the language model on some families only
         self._prefill = [m for m in method.at(Stage.PREFILL) if m.cut_layers(adapter)]
         self._cache = method.at(Stage.CACHE)
+        self._choosers = [m for m in self._cache if type(m).attend is not Method.attend]
         self._cuts = {m: frozenset(m.cut_layers(adapter)) for m in self._prefill}
         self._policies = {id(m): self._policy(m) for m in method.methods}
         self._signatures = {m: inspect.signature(m.forward) for m in (model, adapter.inner)}
@@ -347,7 +350,7 @@ class Handle:
             self._local.run = run
             kwargs = {k: v for k, v in kwargs.items() if k != RUN_KEYWORD}
             hidden = args[0] if args else kwargs["hidden_states"]
-            return args, before_layer(run, index, hidden, kwargs, self.adapter)
+            return args, before_layer(run, index, hidden, kwargs, self.adapter, self._choosers)
 
         return hook
 

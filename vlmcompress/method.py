@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
-    from .views import CacheLayer, Cut, EntryTokens, Eviction, PrefillLayer, Selection, TowerEdit, TowerLayer
+    from .dtypes import LongTensor
+    from .views import (
+        AttendLayer,
+        CacheLayer,
+        Cut,
+        EntryTokens,
+        Eviction,
+        PrefillLayer,
+        Selection,
+        TowerEdit,
+        TowerLayer,
+    )
 
 
 class Stage(str, Enum):
@@ -114,6 +125,13 @@ class Method:
     # CACHE ------------------------------------------------------------------------------------------------------
     def cache(self, layer: CacheLayer, state: dict) -> Eviction | None:
         """Choose the cache entries of one decoder layer that stay; called after each forward of that layer."""
+        return None
+
+    def attend(self, layer: AttendLayer, state: dict) -> LongTensor | None:
+        """Say which older cache entries the new tokens see in one decoder layer that is about to run.
+
+        [B, 1, m] sorted entries, the same for all heads; None for all of them. Nothing is evicted by it.
+        """
         return None
 
     def settle(self, layer: CacheLayer, state: dict) -> Eviction | None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -18,6 +20,11 @@ class _Logical:
     positions stay right. ``dropped``: logical minus stored length. ``valid`` [B, 1 or H_kv, n] or None: real entries.
     ``shift`` [B] or None: what the position policy takes off the position of every later token. ``refuse_crop``: reason
     why the last entries cannot be taken back, or None.
+
+    What a policy knows lives here too, so that it goes wherever the entries go: ``books`` hold a value per entry,
+    [B, 1 or H_kv, n, ...] (new entries come in as zeros), ``memory`` holds whatever else; its tensors start with the
+    batch. ``hidden`` [B, 1 or H_kv, n] or None: entries that stay, but are not shown to the next tokens. ``selected``
+    [B, 1, m] or None: older entries that the next tokens see, all others being left out of that one call.
     """
 
     def start_books(self) -> None:
@@ -25,27 +32,58 @@ class _Logical:
         self.valid: Tensor | None = None
         self.shift: LongTensor | None = None
         self.refuse_crop: str | None = None
+        self.books: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
+        self.hidden: Tensor | None = None
+        self.selected: LongTensor | None = None
 
-    def commit(self, frame: Frame, columns: int) -> None:
-        """Enter in the books that ``columns`` tokens of the caller came in as the slots of ``frame``."""
+    @property
+    def visible(self) -> Tensor | None:
+        """[B, 1 or H_kv, n] bool: entries that the next tokens may see; None for all."""
+        if self.hidden is None:
+            return self.valid
+        return ~self.hidden if self.valid is None else self.valid & ~self.hidden
+
+    def commit(self, frame: Frame, columns: int, modality: bool = False) -> None:
+        """Enter in the books that ``columns`` tokens of the caller came in as the slots of ``frame``.
+
+        ``modality``: note in ``books["visual"]`` which entries are those of visual tokens.
+        """
         slots = frame.index.shape[1]
+        if modality and frame.counts:
+            batch, _, length = self.keys.shape[:3]
+            visual = self.books.get("visual")
+            if visual is None:
+                visual = torch.zeros(batch, 1, length, dtype=torch.bool, device=self.keys.device)
+            new = frame.visual[:, None].expand(-1, visual.shape[1], -1)
+            self.books["visual"] = torch.cat([visual[..., : length - slots], new], dim=2)
         self.dropped += columns - slots
         if frame.valid is not None:
             if self.valid is None:
                 batch, _, length = self.keys.shape[:3]
                 self.valid = torch.ones(batch, 1, length, dtype=torch.bool, device=self.keys.device)
             self.valid = self.valid.clone()
-            self.valid[..., self.valid.shape[-1] - slots :] = frame.valid[:, None]
+            # a sliding layer holds no more than its window
+            held = min(slots, self.valid.shape[-1])
+            self.valid[..., self.valid.shape[-1] - held :] = frame.valid[:, None, slots - held :]
         if frame.total_shift is not None:
             self.shift = frame.total_shift if self.shift is None else self.shift + frame.total_shift
 
     def _per_batch(self, pick) -> None:
         self.valid = None if self.valid is None else pick(self.valid)
         self.shift = None if self.shift is None else pick(self.shift)
+        self.hidden = None if self.hidden is None else pick(self.hidden)
+        self.books = {name: pick(book) for name, book in self.books.items()}
+        self.memory = {name: pick(x) if isinstance(x, torch.Tensor) else x for name, x in self.memory.items()}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        new = key_states.shape[-2]
         if self.valid is not None:
-            self.valid = torch.nn.functional.pad(self.valid, (0, key_states.shape[-2]), value=True)
+            self.valid = torch.nn.functional.pad(self.valid, (0, new), value=True)
+        if self.hidden is not None:
+            self.hidden = torch.nn.functional.pad(self.hidden, (0, new))
+        for name, book in self.books.items():
+            self.books[name] = torch.cat([book, book.new_zeros(*book.shape[:2], new, *book.shape[3:])], dim=2)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
@@ -64,12 +102,30 @@ class _Logical:
         if self.refuse_crop is not None:
             raise ValueError(self.refuse_crop)
         super().crop(tokens_to_remove)
-        if tokens_to_remove and self.valid is not None:
-            self.valid = self.valid[..., : -abs(tokens_to_remove)]
+        if not tokens_to_remove:
+            return
+        left = slice(-abs(tokens_to_remove))
+        self.valid = None if self.valid is None else self.valid[..., left]
+        self.hidden = None if self.hidden is None else self.hidden[..., left]
+        self.books = {name: book[:, :, left] for name, book in self.books.items()}
 
     def reset(self) -> None:
         super().reset()
         self.start_books()
+
+
+def picks(x: Tensor, keep: LongTensor) -> Tensor:
+    """The entries ``keep`` [B, 1 or H, K] of ``x`` [B, 1 or H, n, ...], per head where either differs by head.
+
+    Vectors are copied as whole rows: gathering them element by element takes several times as long.
+    """
+    heads, length = max(x.shape[1], keep.shape[1]), x.shape[2]
+    x, keep = x.expand(-1, heads, *x.shape[2:]), keep.expand(-1, heads, -1)
+    if x.ndim == 3:
+        return x.gather(2, keep)
+    start = torch.arange(0, len(x) * heads * length, length, device=x.device).view(len(x), heads, 1)
+    rows = x.flatten(0, 2).index_select(0, (keep + start).flatten())
+    return rows.view(*keep.shape, *x.shape[3:])
 
 
 class PrunableLayer(_Logical, DynamicLayer):
@@ -90,16 +146,23 @@ class PrunableLayer(_Logical, DynamicLayer):
     def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
         return self.stored + query_length, self.dropped
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Take in the new entries; returns what attention shall see: everything, or ``selected`` and the new ones."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.selected is None:
+            return keys, values
+        picked, self.selected = self.selected, None
+        parts = (picks(keys, picked), key_states), (picks(values, picked), value_states)
+        return tuple(torch.cat(pair, dim=2) for pair in parts)
+
     def evict(self, keep: LongTensor, valid: Tensor | None) -> None:
         """Keep the entries ``keep`` [B, 1 or H_kv, K]; ``valid`` of the same shape marks the real ones (None: all)."""
-        before, heads = self.stored, self.keys.shape[1]
-        spread = keep.expand(-1, heads, -1)
-        self.keys, self.values = (
-            x.gather(2, spread[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values)
-        )
+        before = self.stored
+        self.keys, self.values = picks(self.keys, keep), picks(self.values, keep)
+        self.books = {name: picks(book, keep) for name, book in self.books.items()}
+        self.hidden = None if self.hidden is None else picks(self.hidden, keep)
         if self.valid is not None:
-            old = self.valid.expand(-1, max(keep.shape[1], self.valid.shape[1]), -1)
-            kept = old.gather(2, keep.expand(-1, old.shape[1], -1))
+            kept = picks(self.valid, keep)
             valid = kept if valid is None else kept & valid
         self.valid = valid
         self.dropped += before - keep.shape[-1]

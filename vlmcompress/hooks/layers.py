@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
-from ..ops.scores import causal_attention_rows
-from ..views import CacheLayer, Eviction, PrefillLayer
-from .attention import queries, rows_cost, rows_of, values
+from ..views import PrefillLayer
+from .attention import rows_cost, rows_of, values
 from .cache import PrunableLayer, managed
 from .decoder import cut, shifted
+from .eviction import choose_entries, evict, shown
 from .masks import layer_mask
 from .run import Run
 
@@ -28,13 +28,21 @@ CROP_REFUSED = (
 )
 
 
-def before_layer(run: Run, index: int, hidden: Tensor, kwargs: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Give one layer the mask, positions and rotary tables of the frame and the cache that it works on."""
+def before_layer(
+    run: Run, index: int, hidden: Tensor, kwargs: dict[str, Any], adapter: Adapter, choosers: list[Method]
+) -> dict[str, Any]:
+    """Give one layer the mask, positions and rotary tables of the frame and the cache that it works on.
+
+    ``choosers``: methods that say which entries of the cache the new tokens see.
+    """
     frame = run.frame
     store = run.cache.layers[index] if managed(run.cache) else None
-    if frame is not run.frames[0] or _uneven(run):
-        past = 0 if store is None else store.stored
-        past_valid = None if store is None else store.valid
+    if store is not None and choosers:
+        choose_entries(run, index, hidden, choosers, adapter)
+    if frame is not run.frames[0] or _uneven(run) or (isinstance(store, PrunableLayer) and store.selected is not None):
+        past, past_valid = (0, None) if store is None else (store.stored, store.valid)
+        if isinstance(store, PrunableLayer):
+            past, past_valid = shown(store)
         shift = None if store is None else store.shift
         key = (id(frame), past, id(past_valid), id(shift))
         if key not in run.prepared:
@@ -56,6 +64,7 @@ def _uneven(run: Run) -> bool:
         run.prepared["uneven"] = managed(run.cache) and (
             len({(layer.stored, id(layer.valid), id(layer.shift)) for layer in run.cache.layers}) > 1
             or (run.cache.layers[0].valid is not None and run.cache.layers[0].valid.shape[1] > 1)
+            or any(layer.hidden is not None for layer in run.cache.layers)
         )
     return run.prepared["uneven"]
 
@@ -69,11 +78,11 @@ def after_layer(
     frame = run.frame
     if managed(run.cache):
         store = run.cache.layers[index]
-        store.commit(frame, run.columns)
+        store.commit(frame, run.columns, modality=bool(cachers))
         run.committed.add(index)
         store.refuse_crop = CROP_REFUSED
         for method in cachers:
-            _evict(run, index, inputs, embeddings, method, adapter, policies[id(method)])
+            evict(run, index, inputs, embeddings, method, adapter, policies[id(method)])
     if run.layout is None:
         return None
     changed = run.with_injected(index, hidden)
@@ -128,65 +137,3 @@ def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddin
 
     assert run.layout is not None
     return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, own_values, cost)
-
-
-def settle(run: Run, cachers: list[Method], adapter: Adapter, policies: Mapping[int, str]) -> None:
-    """Let the methods evict once more when the whole prompt has passed through every layer."""
-    final = run.frame
-    real = torch.ones_like(final.index, dtype=torch.bool) if final.valid is None else final.valid
-    alive = torch.zeros(len(real), run.columns, dtype=torch.bool, device=real.device).scatter(1, final.index, real)
-    for index, store in enumerate(run.cache.layers):
-        if not isinstance(store, PrunableLayer) or index in run.evicted:
-            continue
-        frame = [f for f in run.frames if f.first_layer <= index][-1]
-        past = store.stored - frame.index.shape[1]
-        reached = alive.gather(1, frame.index)
-        if frame.valid is not None:
-            reached &= frame.valid
-        view = CacheLayer(
-            index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
-            new=frame.index.shape[1], prefill=True, visual=torch.nn.functional.pad(frame.visual, (past, 0)),
-            _attention=_no_attention, reached=torch.nn.functional.pad(reached, (past, 0), value=True),
-        )  # fmt: skip
-        for method in cachers:
-            _apply(run, index, method.settle(view, run.state(method)), policies[id(method)])
-
-
-def _no_attention(rows: LongTensor) -> Tensor:
-    raise ValueError("Attention rows can be asked for while a layer runs, not after the prompt.")
-
-
-def _apply(run: Run, index: int, eviction: Eviction | None, positions: str) -> None:
-    if eviction is None:
-        return
-    store = run.cache.layers[index]
-    store.evict(eviction.keep, eviction.valid)
-    run.evicted.add(index)
-    if eviction.shift is not None and positions == "contiguous":
-        store.shift = eviction.shift if store.shift is None else store.shift + eviction.shift
-
-
-def _evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adapter: Adapter, positions: str) -> None:
-    store, frame = run.cache.layers[index], run.frame
-    if not isinstance(store, PrunableLayer):
-        return
-    new = inputs.shape[1]
-    layer = adapter.decoder_layers[index]
-
-    def attention(rows: LongTensor) -> Tensor:
-        at = rows.clamp_min(0)[..., None]
-        picked = inputs.gather(1, at.expand(-1, -1, inputs.shape[-1]))
-        tables = tuple(t.expand(len(inputs), -1, -1).gather(1, at.expand(-1, -1, t.shape[-1])) for t in embeddings)
-        seen_up_to = torch.where(rows < 0, -1, rows + store.stored - new)
-        valid = None if store.valid is None else store.valid[:, 0]
-        return causal_attention_rows(
-            queries(layer, picked, tables), store.keys, seen_up_to, layer.self_attn.scaling, valid
-        )
-
-    whole_prompt = store.stored == new
-    view = CacheLayer(
-        index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
-        new=new, prefill=run.layout is not None or new > 1, visual=frame.visual if whole_prompt else None,
-        _attention=attention,
-    )  # fmt: skip
-    _apply(run, index, method.cache(view, run.state(method)), positions)

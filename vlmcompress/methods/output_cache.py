@@ -25,7 +25,7 @@ def output_aware(layer: CacheLayer, *, official_decode: bool = False) -> Evictio
     keep, valid = pack(layer.reached, int(layer.reached.sum(1).max()))
     shift = None
     if official_decode and layer.visual is not None:
-        shift = (layer.visual & ~layer.reached).sum(1)
+        shift = (layer.visual[:, 0] & ~layer.reached).sum(1)
     return Eviction(keep[:, None], valid[:, None], shift)
 
 

@@ -59,6 +59,26 @@ def negative_cosine(x: Tensor, valid: Tensor | None = None) -> Tensor:
     return -torch.nn.functional.cosine_similarity(x, x.sum(1, keepdim=True), dim=-1)
 
 
+def causal_logits(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
+    """Attention logits of selected query rows; minus infinity where they may not look.
+
+    Arguments as for :func:`causal_attention_rows`. Returns [B, H, R, S] fp32.
+    """
+    batch, heads, count, dim = query.shape
+    groups = keys.shape[1]
+    grouped = (query.float() * scale).view(batch, groups, heads // groups * count, dim)
+    logits = (grouped @ keys.float().mT).view(batch, groups, heads // groups, count, -1)
+    seen = (torch.arange(keys.shape[2], device=keys.device) <= rows[..., None])[:, None]
+    if valid is not None:
+        seen = seen & valid.view(batch, -1, 1, keys.shape[2])
+    return logits.masked_fill(~seen[:, :, None], float("-inf")).flatten(1, 2)
+
+
+def softmax_of(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row of nothing but minus infinity comes out as zeros."""
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
 def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
     """Softmax of selected query rows over the keys that they may see.
 
@@ -67,20 +87,12 @@ def causal_attention_rows(query: Tensor, keys: Tensor, rows: Tensor, scale: floa
         keys: [B, H_kv, S, d]; each serves ``H / H_kv`` query heads.
         rows: [B, R] slot of every query, -1 for padding.
         scale: factor on the logits.
-        valid: [B, S] real slots, or None for all.
+        valid: [B, S] or [B, 1 or H_kv, S] real slots, or None for all.
 
     Returns:
         [B, H, R, S] fp32; a padding row is all zeros.
     """
-    batch, heads, count, dim = query.shape
-    groups = keys.shape[1]
-    grouped = (query.float() * scale).view(batch, groups, heads // groups, count, dim)
-    logits = torch.einsum("bgrqd,bgsd->bgrqs", grouped, keys.float()).reshape(batch, heads, count, -1)
-    seen = torch.arange(keys.shape[2], device=keys.device) <= rows[..., None]
-    if valid is not None:
-        seen = seen & valid[:, None]
-    probabilities = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-    return probabilities.masked_fill(~seen[:, None], 0.0)
+    return softmax_of(causal_logits(query, keys, rows, scale, valid))
 
 
 def received_attention(
