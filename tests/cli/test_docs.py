@@ -61,10 +61,11 @@ def test_the_code_and_the_links_of_the_page_work(page, tiny_folder):
     exec(compile(block, f"{page}.md", "exec"), found)
     found["handle"].remove()
     from vlmcompress.methods.output_cache import OutputCache
+    from vlmcompress.methods.tokenflex import TokenFlex
     from vlmcompress.methods.transprune import TransPrune
     from vlmcompress.methods.vtc_cls import VtcCls
 
-    names = {"VtcCls": VtcCls, "TransPrune": TransPrune, "OutputCache": OutputCache}
+    names = {"VtcCls": VtcCls, "TransPrune": TransPrune, "OutputCache": OutputCache, "TokenFlex": TokenFlex}
     for composed in re.findall(r"`(\w+\([^`]*\)\s\+\s\w+\([^`]*\))`", text):
         vlmcompress.compress(model, eval(composed, names)).remove()
     for link in re.findall(r"\]\(([\w-]+\.md)\)", text):

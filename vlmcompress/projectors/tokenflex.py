@@ -8,7 +8,6 @@ code is not public; details come from the model that the same lab released (Rist
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +59,9 @@ class TokenFlexProjector(nn.Module):
         ValueError: an unknown pooling, or at a call an N that does not fit the grid.
     """
 
+    #: entry of the model's configuration that describes it
+    config_entry = "tokenflex"
+
     def __init__(
         self,
         d_vision: int,
@@ -80,6 +82,10 @@ class TokenFlexProjector(nn.Module):
         # the tower's own final norm, which LLaVA's choice of a hidden state leaves out; kept outside the module tree
         self.__dict__["tower_norm"] = None
         self.register_load_state_dict_pre_hook(_accept_released)
+
+    def set_tower_norm(self, norm: nn.Module | None) -> None:
+        """Pass features through ``norm`` first, a module that stays the tower's own."""
+        self.__dict__["tower_norm"] = norm
 
     @property
     def per_token(self) -> nn.Module:
@@ -136,8 +142,3 @@ def _accept_released(module: nn.Module, state: dict[str, Any], prefix: str, *_) 
         name = f"{prefix}mlp.{RELEASED.get(part, part)}.{leaf}"
         if leaf and name != key:
             state[name] = state.pop(key)
-
-
-def projector_weights(state: Mapping[str, Tensor], marker: str = "multi_modal_projector.") -> dict[str, Tensor]:
-    """The tensors of a checkpoint that belong to its projector, by their names inside it."""
-    return {key.partition(marker)[2]: tensor for key, tensor in state.items() if marker in f".{key}"}
