@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..method import Method
 
 
+#: what the call of a model names its pixels
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
 def adapter_for(model: PreTrainedModel) -> Adapter:
     """The adapter of this model's family, bound to the model. Raises ``ValueError`` when there is none."""
     model_type = model.config.model_type
@@ -216,24 +220,38 @@ class Adapter:
         return None
 
     # geometry ---------------------------------------------------------------------------------------------------
-    #: methods of :attr:`inner` that turn pixels into features
-    doors: ClassVar[tuple[str, ...]] = ("get_image_features",)
+    #: methods of :attr:`inner` that turn pixels into features, by what they show; families with videos name both
+    doors: ClassVar[dict[str, str]] = {"image": "get_image_features"}
 
     def geometry(self, given: dict[str, Any]) -> Layout:
-        """Layout (not placed) of the images in one call of a door, whose arguments are ``given`` by name."""
+        """Layout (not placed) of the images in one call of the image door, whose arguments are ``given`` by name."""
+        raise NotImplementedError
+
+    def video_geometry(self, given: dict[str, Any]) -> Layout:
+        """Layout (not placed) of the videos in one call of the video door: a view is a frame, or what is left of several.
+
+        ``kind`` is "video" throughout; the budget of a method counts per video.
+        """
         raise NotImplementedError
 
     def pixels(self, given: dict[str, Any]) -> Tensor | None:
-        """The pixels in one call of a door."""
-        return given.get("pixel_values")
+        """The pixels in one call of a door: [V, 3, H, W] per view, or [patches, ...] where the tower takes a pack."""
+        if given.get("pixel_values") is not None:
+            return given["pixel_values"]
+        videos = given.get("pixel_values_videos")
+        return videos.flatten(0, 1) if videos is not None and videos.ndim == 5 else videos
 
-    def brings_images(self, given: dict[str, Any]) -> bool:
-        """Whether a call of :attr:`inner` brings pixels or ready-made features."""
-        return given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
+    def brings(self, given: dict[str, Any]) -> list[str]:
+        """Of what, "image" or "video", a call of :attr:`inner` brings pixels or ready-made features."""
+        ready = given.get("mm_encoder_outputs") or {}
+        found = [kind for kind, name in PIXELS.items() if given.get(name) is not None or ready.get(kind) is not None]
+        if "video" in found and "video" not in self.doors:
+            raise ValueError("Videos are not compressed on this family; remove the handle to run them, or pass images.")
+        return found
 
-    def placeholders(self, given: dict[str, Any]) -> Tensor:
-        """[B, S] bool: columns of the chunk that hold image placeholders, in one call of :attr:`inner`."""
-        token = self.model.config.image_token_id
+    def placeholders(self, given: dict[str, Any], kind: str = "image") -> Tensor:
+        """[B, S] bool: columns of the chunk that hold placeholders of ``kind``, in one call of :attr:`inner`."""
+        token = getattr(self.model.config, f"{kind}_token_id")
         ids = given.get("input_ids")
         if ids is not None:
             return ids == token

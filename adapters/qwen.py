@@ -22,8 +22,6 @@ class QwenVLAdapter(Adapter):
     joins the patches of a block of 2 × 2 to one token. Position ids carry time, row and column, behind a row of plain
     text positions where ``generate`` made them; survivors keep theirs, and ``rope_deltas`` stay those of the full
     prompt, so that decoding goes on from where it would.
-
-    Videos are refused: their features pass through a method of their own.
     """
 
     mrope = True
@@ -128,12 +126,6 @@ class QwenVLAdapter(Adapter):
     def windows(self, grids: list[tuple[int, int]], device: torch.device) -> LongTensor | None:
         """``Layout.window`` of views of ``grids`` (rows, columns) tokens."""
         return None
-
-    def brings_images(self, given: dict[str, Any]) -> bool:
-        outputs = given.get("mm_encoder_outputs") or {}
-        if given.get("pixel_values_videos") is not None or outputs.get("video") is not None:
-            raise ValueError("Videos are not compressed on this family; remove the handle to run them, or pass images.")
-        return super().brings_images(given)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

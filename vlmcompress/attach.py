@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters.base import Adapter, adapter_for
+from .adapters.base import PIXELS, Adapter, adapter_for
 from .compat import cache_of
 from .hooks.cache import check_cache, managed
 from .hooks.decoder import dropped_columns, enter, restore_length
-from .hooks.entry import choose, watch_projector
+from .hooks.entry import choose, tokenwise, watch_projector
 from .hooks.eviction import settle
+from .hooks.join import join
 from .hooks.layers import after_layer, before_layer
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
 from .method import POSITIONS, Composition, Method, Stage, create
 from .report import Report
-from .tokens import VisualTokens
+from .tokens import Layout, Selection, VisualTokens
 
 _ATTRIBUTE = "_vlmcompress_handle"
 
@@ -45,7 +46,7 @@ def compress(
             theirs), "original" or "contiguous".
         replace: take off the method that is on the model now instead of raising.
         **options: the method's hyper-parameters when it is given by name, ``keep`` above all: an int is visual tokens
-            per image, a float in (0, 1] a share of them.
+            per image or video, a float in (0, 1] a share of them.
 
     Returns:
         A handle: ``handle.last``, ``handle.report()``, ``handle.remove()``; usable in a ``with`` statement.
@@ -145,7 +146,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for door in self.adapter.doors:
+        for door in self.adapter.doors.values():
             del self.adapter.inner.__dict__[door]
         del self.model.__dict__[_ATTRIBUTE]
         del self.model.config.vlmcompress
@@ -179,8 +180,8 @@ class Handle:
                     module.register_forward_hook(_eager(after), with_kwargs=True, always_call=True, prepend=True)
                 )
 
-        for door in self.adapter.doors:
-            self._open_door(door)
+        for kind, door in self.adapter.doors.items():
+            self._open_door(kind, door)
         add(self.model, self._before_model, self._after_model)
         add(self.adapter.inner, self._before_inner, self._after_inner)
         add(self.adapter.language_model, self._before_language_model, self._after_language_model)
@@ -211,6 +212,11 @@ class Handle:
         return getattr(self._local, "run", None)
 
     @property
+    def _visions(self) -> dict[str, Vision]:
+        """What has passed through the doors and waits for the language model, by kind."""
+        return self._local.__dict__.setdefault("visions", {})
+
+    @property
     def _watching(self) -> Run | None:
         run = self._run
         return run if run is not None and run.layout is not None and run.frames else None
@@ -235,26 +241,31 @@ class Handle:
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self._local.labels = None
 
-    def _open_door(self, name: str) -> None:
+    def _open_door(self, kind: str, name: str) -> None:
         """Stand in for one feature method of this model object (``generate`` calls it ahead of the forward pass)."""
         inner = self.adapter.inner
+        geometry = self.adapter.video_geometry if kind == "video" else self.adapter.geometry
         stock = getattr(inner, name)
 
         @functools.wraps(stock)
         def features(*args: Any, **kwargs: Any):
+            if getattr(self._local, "inside_door", False):  # some families send videos on through the image door
+                return stock(*args, **kwargs)
             given = {**inspect.signature(stock).bind_partial(*args, **kwargs).arguments}
             given.update(given.pop("kwargs", {}))
-            vision = Vision(self.adapter.geometry(given), pixel_values=self.adapter.pixels(given))
+            vision = Vision(geometry(given), pixel_values=self.adapter.pixels(given))
             # hooks of one pass must not see another thread's images
             with self._tower_lock:
+                self._local.inside_door = True
                 try:
                     if self._before:
                         watch_tower(vision, self._before, self.adapter)
                         watch_projector(vision, self._before, self.adapter)
                     result = stock(*args, **kwargs)
                 finally:
+                    self._local.inside_door = False
                     vision.release()
-            self._local.vision = vision
+            self._visions[kind] = vision
             return result
 
         inner.__dict__[name] = _eager(features)
@@ -263,36 +274,36 @@ class Handle:
         given = self._bound(module, args, kwargs)
         self._local.run, self._local.given = None, given
         cache = cache_of(given)
-        if cache is not None and self.adapter.brings_images(given):
+        if cache is not None and self.adapter.brings(given):
             check_cache(cache)
-        if given.get("pixel_values") is not None:
-            self._local.vision = None
+        for kind, name in PIXELS.items():
+            if given.get(name) is not None:
+                self._visions.pop(kind, None)
 
     def _after_inner(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self._local.run = self._local.given = None
 
     def _start(self, embeds: Tensor) -> Run:
         """The run of this forward pass, with what the tower has prepared for it."""
-        given = self._local.given
-        if not self.adapter.brings_images(given):
-            return Run()
-        vision: Vision | None = getattr(self._local, "vision", None)
-        if vision is None:
-            raise ValueError(
-                "The image features of this call were made before the model was compressed; pass pixel_values instead."
-            )
-        if self._before:
-            choose(vision, self._before, self.adapter)
-        run = Run.of(vision, self.adapter.placeholders(given))
-        if run.selection is not None and self.adapter.tokenwise_projector:
-            self._check_features(run, embeds)
-        return run
+        given, parts = self._local.given, []
+        for kind in self.adapter.brings(given):
+            vision = self._visions.get(kind)
+            if vision is None:
+                raise ValueError(
+                    f"The {kind} features of this call were made before the model was compressed; pass "
+                    f"{PIXELS[kind]} instead."
+                )
+            if self._before:
+                choose(vision, self._before, self.adapter)
+            part = Run.of(vision, self.adapter.placeholders(given, kind))
+            if part.selection is not None and tokenwise(vision, self.adapter):
+                self._check_features(part.layout, part.selection, embeds)
+            parts.append(part)
+        return join(parts) if parts else Run()
 
     @staticmethod
-    def _check_features(run: Run, embeds: Tensor) -> None:
+    def _check_features(layout: Layout, selection: Selection, embeds: Tensor) -> None:
         """Refuse features of another pass: dropped places, and only those, hold NaN."""
-        layout, selection = run.layout, run.selection
-        assert layout is not None and selection is not None
         real = torch.arange(selection.keep.shape[1], device=embeds.device) < torch.tensor(
             selection.counts, device=embeds.device
         ).unsqueeze(1)

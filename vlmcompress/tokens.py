@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import LongTensor
+from .ops.pooling import Pooling
 
 #: value of ``Layout.cell`` for tokens that no vision patch produced (``image_newline`` embeddings)
 NEWLINE = -1
@@ -38,6 +39,9 @@ class Layout:
     ``window`` [V, N]: for towers in which some layers attend inside windows only, the window of every cell, counted
     within its view in the order in which the tower takes them.
 
+    ``closing_newline``: one newline ends each video (or image that is not tiled). ``pooling``: how the model pools the
+    patches of its tower into the cells of this layout, where it does.
+
     A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
     position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
     (beams share one).
@@ -60,6 +64,8 @@ class Layout:
     thumbnail: Tensor | None = None
     view_n: list[int] | None = None
     window: LongTensor | None = None
+    pooling: Pooling | None = None
+    closing_newline: bool = False
 
     def __len__(self) -> int:
         return len(self.n)
@@ -104,16 +110,22 @@ class Layout:
         return len(self.view_image) == len(self.n) and all(n == cells for n in self.n)
 
     def with_newlines(self, mask: Tensor) -> Tensor:
-        """Add to ``mask`` [I, n_max] the newline of every row of the picture in which a crop's token is kept."""
+        """Add to ``mask`` [I, n_max] the newline of every row of the picture in which a crop's token is kept.
+
+        A newline that closes a whole image or video stays while any of its tokens does.
+        """
         newline = (self.cell == NEWLINE) & self.valid
         if self.one_view or not bool(newline.any()):
             return mask
         crop = mask & self.patch
+        closed = torch.full((len(self), 1), self.closing_newline, device=mask.device)
         if self.thumbnail is not None:
-            crop &= ~self.thumbnail[self.view.clamp_min(0)]
+            closed |= torch.bincount(self.view_image, minlength=len(self))[:, None] == 1
+            crop &= ~self.thumbnail[self.view.clamp_min(0)] | closed
         occupied = torch.zeros(len(self), max(h for h, _ in self.grid), dtype=torch.int32, device=mask.device)
         occupied.scatter_add_(1, self.row, crop.int())
-        return mask | (newline & occupied.gather(1, self.row).bool())
+        stays = torch.where(closed, crop.any(1, keepdim=True), occupied.gather(1, self.row).bool())
+        return mask | (newline & stays)
 
     def placed(self, placeholders: Tensor) -> Layout:
         """This layout in the prompt whose placeholders are ``placeholders`` [B, S] bool.
@@ -121,12 +133,12 @@ class Layout:
         Images follow each other in reading order; where the batch was expanded (beams, several answers) every copy of
         a row gets its row's images. Raises ``ValueError`` when placeholders and tokens do not match in number.
         """
-        per_row = placeholders.sum(1).tolist()
+        per_row, kind = placeholders.sum(1).tolist(), self.kind[0]
         total, found = sum(self.n), sum(per_row)
         copies = found // total
         if not copies or found % total or len(per_row) % copies:
             raise ValueError(
-                f"The prompt has {found} image placeholders, but its images make {total} visual tokens; build the prompt "
+                f"The prompt has {found} {kind} placeholders, but its {kind}s make {total} visual tokens; build the prompt "
                 "with the model's processor and feed it in one piece."
             )
         source: list[int] = []
@@ -139,7 +151,7 @@ class Layout:
                     end += 1
             if sum(self.n[start:end]) != wanted:
                 raise ValueError(
-                    f"Row {row} of the batch has {wanted} image placeholders, which is no whole number of images."
+                    f"Row {row} of the batch has {wanted} {kind} placeholders, which is no whole number of {kind}s."
                 )
             source += range(start, end)
             sample += [row] * (end - start)
@@ -151,6 +163,7 @@ class Layout:
             self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
             torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
             [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail, self.view_n, self.window,
+            self.pooling, self.closing_newline,
         )  # fmt: skip
 
 
@@ -179,12 +192,17 @@ class Selection:
         keep = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(counts, default=0)]
         return cls(keep, counts)
 
+    @property
+    def real(self) -> Tensor:
+        """[I, k_max] bool: entries of ``keep`` that are no padding."""
+        place = torch.arange(self.keep.shape[1], device=self.keep.device)
+        return place < torch.tensor(self.counts, device=place.device)[:, None]
+
     def places(self, n_max: int) -> LongTensor:
         """[I, n_max] place in ``keep`` of every token, -1 for dropped ones."""
         place = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
-        number = torch.tensor(self.counts, device=place.device)[:, None]
         # padding writes to a spare column
-        target = torch.where(place < number, self.keep, n_max)
+        target = torch.where(self.real, self.keep, n_max)
         table = torch.full((len(self.keep), n_max + 1), -1, dtype=torch.long, device=place.device)
         return table.scatter(1, target, place)[:, :n_max]
 

@@ -82,7 +82,12 @@ class TowerLayer:
         return self.hidden[:, self.prefix :]
 
     def per_token(self, per_patch: Tensor) -> Tensor:
-        """[V, n] per patch → [V, n / group]: the sum over the patches that make up a token."""
+        """[V, n] per patch → [V, n / group]: the sum over the patches that make up a token.
+
+        Where the model pools patches with weights, their weighted sum: [V, N].
+        """
+        if self.layout.pooling is not None:
+            return self.layout.pooling(per_patch)
         return per_patch if self.group == 1 else per_patch.unflatten(1, (-1, self.group)).sum(-1)
 
     def cls_row(self) -> Tensor:
@@ -104,6 +109,8 @@ class TowerLayer:
         """Tokens that each view may keep: its share of its cells, or its image's number split evenly over its views."""
         views = torch.bincount(self.layout.view_image, minlength=len(self.layout)).tolist()
         cells = self.layout.view_grid[0] * self.layout.view_grid[1]
+        if self.layout.pooling is not None:
+            cells = self.layout.pooling.patches
         if isinstance(keep, float):
             return [tokens_to_keep(keep, cells)] * len(self.layout.view_image)
         return [
@@ -154,9 +161,11 @@ class EntryTokens:
         return self.layout.of_views(self.rows)
 
     def budgets(self, keep: int | float) -> list[int]:
-        """Tokens that each image may keep; patches only where images are tiled (see :meth:`select`)."""
-        tiled = self.layout.thumbnail is not None
-        return [tokens_to_keep(keep, n) for n in (self.layout.patch.sum(1).tolist() if tiled else self.layout.n)]
+        """Patches that each image or video may keep; newlines come on top (see :meth:`select`)."""
+        layout = self.layout
+        if layout.thumbnail is not None:
+            return [tokens_to_keep(keep, n) for n in layout.patch.sum(1).tolist()]
+        return [tokens_to_keep(keep, n - layout.closing_newline) for n in layout.n]
 
     def view_budgets(self, keep: int | float) -> list[int]:
         """Tokens that each view may keep: its image's budget split evenly over its views, rounded so that it adds up.
@@ -179,12 +188,12 @@ class EntryTokens:
 
         Tiled images: ``keep`` counts patches and is split evenly over an image's views (``pooled``: one ranking for all
         of them); every row of the picture in which a crop's patch stays brings its newline (``newlines=False``: none,
-        unless everything stays).
+        unless everything stays). All frames of a video share one ranking.
         """
         layout, counts = self.layout, self.budgets(keep)
-        if layout.thumbnail is None:
+        if layout.thumbnail is None and not layout.closing_newline:
             return Selection(top_indices(scores, counts), counts)
-        if pooled:
+        if pooled or layout.thumbnail is None:
             mask = top_mask(scores.masked_fill(~layout.patch, float("-inf")), counts)
         else:
             best = top_mask(layout.to_views(scores, fill=float("-inf")), self.view_budgets(keep))

@@ -95,7 +95,9 @@ class Pool(_KeepOnly):
         state["flops"] = tokens.features.numel()
         if layout.thumbnail is not None:
             budgets = tokens.view_budgets(self.keep)
-            return pooled_views(tokens, lambda v, rows, cols: fit_grid(budgets[v], rows, cols) if budgets[v] else (0, 0))
+            return pooled_views(
+                tokens, lambda v, rows, cols: fit_grid(budgets[v], rows, cols) if budgets[v] else (0, 0)
+            )
         if any(n != h * w for n, (h, w) in zip(layout.n, layout.grid, strict=True)):
             raise ValueError("'pool' needs images whose tokens form one plain grid.")
         return pooled_images(tokens, [fit_grid(tokens_to_keep(self.keep, h * w), h, w) for h, w in layout.grid])

@@ -67,6 +67,7 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     if managed(run.cache):
         kwargs[cache_keyword(adapter.language_model)] = run.cache
     if dropping:
+        embeds = _with_replaced(run, embeds)
         kept = embeds.gather(1, _carried(run)[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding slots point at dropped columns, which hold NaN
         kwargs["inputs_embeds"] = kept if frame.valid is None else kept.masked_fill(~frame.valid[..., None], 0)
@@ -74,6 +75,13 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     kwargs["position_ids"] = run.entry_positions = shifted(frame.positions, _past_shift(run))
     kwargs["attention_mask"] = _entry_mask(run, attention_mask, dropping)
     return kwargs
+
+
+def _with_replaced(run: Run, embeds: Tensor) -> Tensor:
+    """``embeds`` [B, S, D] with the vectors that methods put in the place of tokens."""
+    for row, column, vectors in run.replaced:
+        embeds = embeds.index_put((row, column), vectors.to(embeds))
+    return embeds
 
 
 def _carried(run: Run) -> LongTensor:

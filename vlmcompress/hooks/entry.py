@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from ..method import Method
 
 
+def tokenwise(vision: Vision, adapter: Adapter) -> bool:
+    """Whether every row of the projector's output is one visual token, so that only the chosen rows need projecting."""
+    pooling = vision.layout.pooling
+    return adapter.tokenwise_projector and (pooling is None or not pooling.behind_projector)
+
+
 def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     """Hook the projector for one forward pass: choose in front of it, scatter behind it."""
 
@@ -36,7 +42,7 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
             cells, valid, _ = tokens_of(vision.tower)
             rows = unpack(rows, valid, len(cells), order_of(cells, valid, vision.tower.window))
         vision.features = rows
-        if not adapter.tokenwise_projector:
+        if not tokenwise(vision, adapter):
             return None
         choose(vision, methods, adapter)
         if vision.selection is None:
@@ -45,10 +51,14 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         if picked is None:
             view, place = _places_of(vision)
             picked = rows[view.clamp_min(0), place.clamp_min(0)]
+        vision.selection.features = None  # from here on they are rows of the projector
         return (adapter.projector_input(picked.to(rows.dtype), args[0]), *args[1:])
 
     def post(module: nn.Module, args: tuple, output: Tensor):
-        if vision.selection is None or not adapter.tokenwise_projector:
+        pooling = vision.layout.pooling
+        if pooling is not None and pooling.behind_projector:
+            vision.features = pooling(output)
+        if vision.selection is None or not tokenwise(vision, adapter):
             return None
         return adapter.projector_output(_like_stock(_scatter(vision, output), vision, adapter))
 

@@ -18,6 +18,9 @@ def start(layout: Layout, group: int) -> TowerState:
     """Books of a tower that has dropped nothing; ``group`` patches make up one token."""
     sizes = [n * group for n in layout.view_sizes]
     cells = layout.view_grid[0] * layout.view_grid[1] * group
+    if layout.pooling is not None:
+        cells = layout.pooling.patches
+        sizes = [cells] * len(layout.view_image)
     device = layout.cell.device
     number = torch.arange(cells, device=device)
     ragged = any(n != cells for n in sizes)

@@ -77,12 +77,11 @@ class Vision:
 class Run:
     """One forward pass of the language model.
 
-    ``layout`` (placed) and ``vision`` are None when the pass brings no new image. ``chunk_valid`` [B, S]: real tokens of
-    the caller's chunk, None for all.
+    ``layout`` (placed) is None when the pass brings no new image; ``tower``: what the tower's hooks counted.
+    ``chunk_valid`` [B, S]: real tokens of the caller's chunk, None for all.
     """
 
     layout: Layout | None = None
-    vision: Vision | None = None
     selection: Selection | None = None
     states: dict[int, dict] = field(default_factory=lambda: defaultdict(dict))
     frames: list[Frame] = field(default_factory=list)
@@ -91,6 +90,9 @@ class Run:
     base_positions: LongTensor | None = None
     entry_positions: LongTensor | None = None
     cache: Any = None
+    #: vectors that methods put in the place of tokens behind the projector: batch row and column [T], vectors [T, D]
+    replaced: list[tuple[LongTensor, LongTensor, Tensor]] = field(default_factory=list)
+    tower: TowerState | None = None
     prepared: dict = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
     #: layers whose cache has given up entries during this pass
@@ -102,10 +104,18 @@ class Run:
 
     @classmethod
     def of(cls, vision: Vision, placeholders: Tensor) -> Run:
-        """The run of a prompt with images that the tower has seen."""
+        """The run of a prompt with images, or with videos, that the tower has seen."""
         layout = vision.layout.placed(placeholders)
-        selection = vision.selection.of(layout.source) if vision.selection is not None else None
-        return cls(layout, vision, selection, vision.states)
+        if vision.selection is None:
+            return cls(layout, states=vision.states, tower=vision.tower)
+        selection = vision.selection.of(layout.source)
+        run = cls(layout, selection, vision.states, tower=vision.tower)
+        if vision.selection.features is not None:
+            features = vision.selection.features[torch.tensor(layout.source, device=selection.keep.device)]
+            real = selection.real
+            rows = layout.batch_index.expand_as(selection.keep)[real]
+            run.replaced.append((rows, layout.column.gather(1, selection.keep)[real], features[real]))
+        return run
 
     @property
     def frame(self) -> Frame:
@@ -134,7 +144,7 @@ class Run:
         return self.states[id(method)]
 
     def ledger(self, n_layers: int) -> VisualTokens:
-        assert self.layout is not None and self.vision is not None
+        assert self.layout is not None
         states = self.states.values()
         return VisualTokens(
             layout=self.layout,
@@ -142,9 +152,9 @@ class Run:
             frames=self.frames,
             selection=self.selection,
             scores=next((s["scores"] for s in states if s.get("scores") is not None), None),
-            tower_tokens=self.vision.tower.tokens if self.vision.tower else [],
-            tower_views=self.vision.tower.view_tokens if self.vision.tower else [],
-            tower_pairs=self.vision.tower.view_pairs if self.vision.tower else [],
+            tower_tokens=self.tower.tokens if self.tower else [],
+            tower_views=self.tower.view_tokens if self.tower else [],
+            tower_pairs=self.tower.view_pairs if self.tower else [],
             positions=self.entry_positions,
             compressor_flops=int(sum(s.get("flops", 0) for s in states)),
             cache_lengths=self.cache_lengths,

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from ..method import Method
 
 
+POOLED = (
+    "{} drops patches inside the vision tower, but this model pools neighbouring patches of such input behind it; use a "
+    "method that chooses the pooled tokens (vtc-cls, grid, ...)."
+)
+
+
 def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     """Hook the vision layers that ``methods`` ask for; ``vision.release()`` takes the hooks off."""
     wanted = {m: frozenset(m.tower_layers(adapter)) for m in methods}
@@ -47,6 +53,8 @@ def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> l
     if not targets:
         return []
     rows, cols = targets[0]
+    if vision.layout.pooling is not None:
+        raise ValueError(POOLED.format(", ".join(f"'{m.name}'" for m in methods)))
 
     def pre(module: nn.Module, args: tuple, kwargs: dict):
         args, kwargs = adapter.shrink_pixels(args, kwargs, (rows, cols))
@@ -163,6 +171,8 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
                 raise ValueError(
                     f"'{method.name}' lets patches of different tokens be joined, which this family's tower cannot take."
                 )
+            if vision.layout.pooling is not None:
+                raise ValueError(POOLED.format(f"'{method.name}'"))
             hidden = _apply(tower, edit, hidden, prefix)
             edited = True
     return hidden if edited else None
