@@ -296,7 +296,7 @@ class Handle:
             if self._before:
                 choose(vision, self._before, self.adapter)
             part = Run.of(vision, self.adapter.placeholders(given, kind))
-            if part.selection is not None and tokenwise(vision, self.adapter):
+            if part.layout is not None and part.selection is not None and tokenwise(vision, self.adapter):
                 self._check_features(part.layout, part.selection, embeds)
             parts.append(part)
         return join(parts) if parts else Run()
