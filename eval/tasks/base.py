@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,10 @@ class Sample:
         """What the answer earns: ``correct``, from 0 to 1."""
         return {"correct": float(score(prediction, self.answer))}
 
+    def aggregate(self, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Metrics over all answers to the task, besides the mean of ``correct``, by name."""
+        return {}
+
     @cached_property
     def picture(self) -> str:
         """Short digest of the picture: answers about one picture belong together in the statistics."""
@@ -75,12 +79,18 @@ def tasks() -> list[str]:
 
 
 def load(task: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """The samples of a task; with ``limit`` a seeded subset in which each kind keeps its share."""
-    if task not in REGISTRY:
-        raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(tasks())}")
+    """The samples of a task; with ``limit`` a seeded subset in which each kind keeps its share.
+
+    Names that are not registered here are tasks of lmms-eval, or the YAML file of one.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    samples = REGISTRY[task](split)
+    if task in REGISTRY:
+        samples = REGISTRY[task](split)
+    else:
+        from ..lmms.documents import load as load_foreign
+
+        samples = load_foreign(task)
     return samples if limit is None or limit >= len(samples) else _subset(samples, limit, seed)
 
 
