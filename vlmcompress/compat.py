@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that knows what differs between the versions of transformers that are supported (5.16 and later)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache in a call's keywords: named ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def cache_keyword(callee: Callable) -> str:
+    """The name that this version of transformers gives the cache argument of a function, or of a module's forward."""
+    parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
