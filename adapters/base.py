@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..dtypes import LongTensor
 from ..method import Stage
 from ..registry import ADAPTERS
-from ..tokens import Layout
+from ..tokens import Frame, Layout
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -126,6 +126,16 @@ class Adapter:
         return int(hasattr(getattr(self.tower, "vision_model", self.tower).embeddings, "class_embedding"))
 
     @property
+    def tower_heads(self) -> int:
+        """Attention heads of a vision layer."""
+        return self.tower_layers[0].self_attn.num_heads
+
+    @property
+    def tower_qk_norm(self) -> bool:
+        """Whether the tower norms its queries and keys behind their projections."""
+        return False
+
+    @property
     def tower_scale(self) -> float:
         """Factor on the tower's attention logits."""
         return self.tower_layers[0].self_attn.head_dim ** -0.5
@@ -146,6 +156,19 @@ class Adapter:
     def tower_norm(self, index: int) -> nn.Module:
         """The norm in front of one vision layer's attention."""
         return self.tower_layers[index].layer_norm1
+
+    def tower_masked(self, index: int) -> nn.Module:
+        """The module of one vision layer that takes an ``attention_mask``: the layer itself or its attention."""
+        return self.tower_layers[index]
+
+    def patch_order(self, grid: tuple[int, int]) -> LongTensor | None:
+        """Where the projector joins patches that do not follow each other: their places, token by token, [N · group].
+
+        ``grid``: (rows, columns) of one view's tokens. Such a model lays the tower's output out as a picture before it
+        joins patches, so what a method left is put back in its places first (see :func:`raster_blocks`). None: the
+        patches of a token follow each other.
+        """
+        return None
 
     def tower_projections(self, index: int) -> dict[str, nn.Module]:
         """The Linear modules of one vision layer whose outputs :meth:`split_qkv` reads."""
@@ -207,6 +230,19 @@ class Adapter:
         """``position_ids`` as the decoder's layers get them."""
         return positions
 
+    def caller_mask(self, kwargs: dict[str, Any], given: dict[str, Any]) -> Tensor | None:
+        """The caller's 2-D mask in a call of the language model by ``kwargs`` and of :attr:`inner` by ``given``."""
+        return kwargs.get("attention_mask")
+
+    def language_mask(
+        self, mask: Tensor | None, kwargs: dict[str, Any], frame: Frame, given: dict[str, Any]
+    ) -> Tensor | dict[str, Tensor] | None:
+        """What the language model takes for the 2-D ``mask`` (None: nothing is padding) of cache and ``frame``.
+
+        ``kwargs``: its other arguments, for the tokens of ``frame``.
+        """
+        return mask
+
     def follow(self, kwargs: dict[str, Any], index: LongTensor) -> None:
         """Gather further per-token arguments of the language model by ``index`` [B, S'], in place."""
 
@@ -226,6 +262,23 @@ class Adapter:
     def geometry(self, given: dict[str, Any]) -> Layout:
         """Layout (not placed) of the images in one call of the image door, whose arguments are ``given`` by name."""
         raise NotImplementedError
+
+    #: the geometry of a door's call depends on the prompt, which is then among its arguments as :meth:`prompt_of` has it
+    reads_prompt: ClassVar[bool] = False
+
+    def prompt_of(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """The new part of the prompt in a call of :attr:`inner` or of ``generate`` on ``cache``, by name.
+
+        ``input_ids`` [B, S] or ``inputs_embeds``, and ``placeholders`` [B, S] bool: the columns of image placeholders.
+        """
+        for name in ("input_ids", "inputs", "inputs_embeds"):
+            prompt = given.get(name)
+            if prompt is not None:
+                name = "inputs_embeds" if prompt.ndim == 3 else "input_ids"
+                seen = cache.get_seq_length() if cache is not None else 0
+                found = {name: prompt[:, seen if seen < prompt.shape[1] else 0 :]}
+                return {**found, "placeholders": self.placeholders(found)}
+        return {}
 
     def video_geometry(self, given: dict[str, Any]) -> Layout:
         """Layout (not placed) of the videos in one call of the video door: a view is a frame, or what is left of several.
@@ -260,8 +313,8 @@ class Adapter:
 
     # support ----------------------------------------------------------------------------------------------------
     @classmethod
-    def supports(cls, method: type[Method]) -> tuple[bool, str]:
-        """Whether a method's stages are served here, and if not, why."""
+    def supports(cls, method: type[Method] | Method) -> tuple[bool, str]:
+        """Whether a method's stages (a class speaks for its defaults) are served here, and if not, why."""
         for stage in Stage:
             if stage in method.stages and stage in cls.refused:
                 return False, cls.refused[stage]
@@ -271,7 +324,7 @@ class Adapter:
 
     def check_method(self, method: Method) -> None:
         """Raise ``ValueError`` when this model cannot serve ``method``."""
-        works, reason = self.supports(type(method))
+        works, reason = self.supports(method)
         if not works:
             raise ValueError(f"'{method.name}' does not work on '{self.model_type}': {reason}.")
         if Stage.CACHE in method.stages or (Stage.PREFILL in method.stages and method.cut_layers(self)):
@@ -307,3 +360,10 @@ def raster_layout(images: int, grid: tuple[int, int], device: torch.device, *, k
         view_image=view,
         view_grid=grid,
     )
+
+
+def raster_blocks(grid: tuple[int, int], side: int, device: torch.device) -> LongTensor:
+    """[N · side²] raster places of the patches of each token, for a ``grid`` of tokens of ``side`` × ``side`` patches."""
+    rows, cols = grid
+    patch = torch.arange(rows * side * cols * side, device=device).view(rows, side, cols, side)
+    return patch.transpose(1, 2).flatten()

@@ -19,6 +19,7 @@ The compressor's own cost is inside every convention. This module needs neither 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,23 @@ if TYPE_CHECKING:
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
 GATED_TEXT = (
-    "gemma", "llama", "mistral", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text",
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
+    "qwen3_vl_text",
 )  # fmt: skip
 #: families of one plain tower per view and a projector of two linear layers
 LLAVA_LIKE = ("llava", "llava_next")
+#: families of one plain tower per view whose projector joins or averages blocks of patches, or is a single linear layer
+OTHER_PLAIN = ("gemma3", "idefics3", "internvl", "paligemma", "smolvlm")
 #: families of one tower for views of any size, whose projector joins blocks of patches
 QWEN_LIKE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 #: vision towers whose layer is attention plus a plain feed-forward block of two matrices, with (1) or without (0) CLS
-PLAIN_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+PLAIN_TOWERS = {
+    "clip_vision_model": 1,
+    "idefics3_vision": 0,
+    "internvl_vision": 1,
+    "siglip_vision_model": 0,
+    "smolvlm_vision": 0,
+}
 
 
 class UnknownFlopsError(ValueError):
@@ -74,7 +84,8 @@ class ModelShape:
     ``projector``: (in, out) of each linear layer; ``patch_inputs``: numbers in one patch (3 × 14 × 14 for CLIP-L);
     ``tower_tokens``: tokens of one view in the tower at its native resolution, the ``tower_prefix`` CLS included, or 0
     where every view has a size of its own; ``group``: patches that the projector joins to one token; ``windowed``: vision
-    layers that attend inside windows; ``side_layers``: vision layers whose output passes a projector of its own too.
+    layers that attend inside windows; ``side_layers``: vision layers whose output passes a projector of its own too;
+    ``whole_projector``: dropped tokens pass the projector too.
     """
 
     text: Stack
@@ -87,12 +98,14 @@ class ModelShape:
     group: int = 1
     windowed: tuple[int, ...] = ()
     side_layers: tuple[int, ...] = ()
+    whole_projector: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
         """Read the shape off a Hugging Face config; ``UnknownFlopsError`` where the cost of a part is not known here."""
-        if config.model_type not in (*LLAVA_LIKE, *QWEN_LIKE):
-            raise UnknownFlopsError(f"model family '{config.model_type}'", (*LLAVA_LIKE, *QWEN_LIKE))
+        known = (*LLAVA_LIKE, *OTHER_PLAIN, *QWEN_LIKE)
+        if config.model_type not in known:
+            raise UnknownFlopsError(f"model family '{config.model_type}'", known)
         text, vision = config.text_config, config.vision_config
         if text.model_type not in GATED_TEXT:
             raise UnknownFlopsError(f"text model '{text.model_type}'", GATED_TEXT)
@@ -101,18 +114,17 @@ class ModelShape:
         if vision.model_type not in PLAIN_TOWERS:
             raise UnknownFlopsError(f"vision tower '{vision.model_type}'", tuple(PLAIN_TOWERS))
         prefix = PLAIN_TOWERS[vision.model_type]
-        layers_read = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+        rows, cols = (s // p for s, p in zip(_both(vision.image_size), _both(vision.patch_size), strict=True))
         return cls(
             text=_stack(text, gated=True),
             vocab=text.vocab_size,
             tower=_stack(vision, gated=False),
-            tower_tokens=(vision.image_size // vision.patch_size) ** 2 + prefix,
+            tower_tokens=rows * cols + prefix,
             tower_prefix=prefix,
-            patch_inputs=vision.num_channels * vision.patch_size**2,
-            projector=(
-                (vision.hidden_size * layers_read, text.hidden_size),
-                (text.hidden_size, text.hidden_size),
-            ),
+            patch_inputs=vision.num_channels * math.prod(_both(vision.patch_size)),
+            projector=_projector(config),
+            group=_group(config, rows),
+            whole_projector=config.model_type == "gemma3",
         )
 
     @classmethod
@@ -160,6 +172,38 @@ class ModelShape:
         cells = zip(layout.window.tolist(), layout.view_sizes, strict=True)
         inside = [sum((c * self.group) ** 2 for c in Counter(row[:n]).values()) for row, n in cells]
         return [inside if layer in self.windowed else whole for layer in range(self.tower.layers)]
+
+
+def _both(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what a config gives as one number or as two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _group(config: Any, rows: int) -> int:
+    """Patches that become one token, of views of ``rows`` rows of patches."""
+    if config.model_type == "internvl":
+        return round(1 / config.downsample_ratio) ** 2
+    if config.model_type in ("idefics3", "smolvlm"):
+        return config.scale_factor**2
+    return rows**2 // config.mm_tokens_per_image if config.model_type == "gemma3" else 1
+
+
+def _projector(config: Any) -> tuple[tuple[int, int], ...]:
+    """(in, out) of every linear layer that a visual token passes; ``UnknownFlopsError`` for a projector that mixes."""
+    inputs, width = config.vision_config.hidden_size, config.text_config.hidden_size
+    if config.model_type == "internvl":
+        return (_group(config, 0) * inputs, width), (width, width)
+    if config.model_type in ("idefics3", "smolvlm"):
+        return ((_group(config, 0) * inputs, width),)
+    if config.model_type in ("gemma3", "paligemma"):
+        return ((inputs, width),)
+    inputs *= 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    if getattr(config, "quecc", None):
+        raise UnknownFlopsError("projector 'quecc'", ("the stock one", "tokenflex"))
+    if flex := getattr(config, "tokenflex", None):
+        hidden = flex["hidden_ratio"] * inputs
+        return (inputs, hidden), (inputs, hidden), (hidden, width)
+    return (inputs, width), (width, width)
 
 
 def kv_numbers(text: Any) -> int:
@@ -282,7 +326,10 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
                 **_tower_sums(layers, pairs, mine),
-                projected=sum(int((~image.is_newline[image.kept]).sum()) for image in own)
+                projected=sum(
+                    image.n_original if shape.whole_projector else int((~image.is_newline[image.kept]).sum())
+                    for image in own
+                )
                 + _side_tokens(shape, layers, mine),
                 compressor=ledger.compressor_flops / len(samples),
             )

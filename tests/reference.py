@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmcompress.adapters.base import adapter_for
+
 
 def shown(ledger) -> list[Tensor]:
     """[B, S'] bool per decoder layer: slots of the first frame that the layer's own frame held."""
@@ -52,7 +54,7 @@ def entering(model, call) -> Tensor:
     def note(module, args, kwargs):
         seen.append(args[0] if args else kwargs["hidden_states"])
 
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    hook = adapter_for(model).decoder_layers[0].register_forward_pre_hook(note, with_kwargs=True)
     try:
         call()
     finally:
@@ -79,7 +81,7 @@ def reference(
     length = columns + steps
     ones = torch.ones(batch, steps, dtype=torch.bool)
     positions = torch.cat([base, base[:, -1:] + 1 + torch.arange(steps)], dim=1)
-    text = model.model.language_model
+    text = adapter_for(model).language_model
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for mask, later_mask, layer in zip(masks, later_masks, text.layers, strict=True):
         keys = torch.cat([mask & valid, ones], 1)[:, None].expand(-1, columns, -1)

@@ -23,6 +23,7 @@ from .hooks.layers import after_layer, before_layer
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
 from .method import POSITIONS, Composition, Method, Stage, create
+from .projectors import check_loaded
 from .report import Report
 from .tokens import Layout, Selection, VisualTokens
 
@@ -60,10 +61,11 @@ def compress(
         raise ValueError(f"positions is one of {', '.join(POSITIONS)}, not {positions!r}.")
     base = _base_model(model)
     adapter = adapter_for(base)
+    check_loaded(base)
     for part in composition.methods:
         adapter.check_method(part)
         part.check_family(adapter)
-    current = base.__dict__.get(_ATTRIBUTE)
+    current = current_handle(base)
     if current is not None:
         if not replace:
             raise ValueError(
@@ -90,6 +92,11 @@ def restore(model: nn.Module) -> Handle:
     except ValueError:
         base.config.vlmcompress = saved
         raise
+
+
+def current_handle(model: Any) -> Handle | None:
+    """The handle of the method that is on ``model`` now, if there is one."""
+    return _base_model(model).__dict__.get(_ATTRIBUTE)
 
 
 def _base_model(model: Any) -> PreTrainedModel:
@@ -148,6 +155,8 @@ class Handle:
         self._hooks.clear()
         for door in self.adapter.doors.values():
             del self.adapter.inner.__dict__[door]
+        if self.adapter.reads_prompt:
+            del self.model.__dict__["generate"]
         del self.model.__dict__[_ATTRIBUTE]
         del self.model.config.vlmcompress
 
@@ -182,6 +191,8 @@ class Handle:
 
         for kind, door in self.adapter.doors.items():
             self._open_door(kind, door)
+        if self.adapter.reads_prompt:
+            self._note_prompts()
         add(self.model, self._before_model, self._after_model)
         add(self.adapter.inner, self._before_inner, self._after_inner)
         add(self.adapter.language_model, self._before_language_model, self._after_language_model)
@@ -241,6 +252,32 @@ class Handle:
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self._local.labels = None
 
+    def _note_prompts(self) -> None:
+        """Stand in for ``generate``, which makes the image features before the forward pass that tells their prompt."""
+        stock: Any = self.model.generate
+
+        @functools.wraps(stock)
+        def generate(*args: Any, **kwargs: Any):
+            given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
+            given = {**given.get("kwargs", {}), "inputs": given.get("inputs")}
+            self._local.prompt = self.adapter.prompt_of(given, cache_of(given))
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._local.prompt = None
+
+        self.model.__dict__["generate"] = _eager(generate)
+
+    @property
+    def _prompt(self) -> dict[str, Any]:
+        """What is known of the prompt while a door is open."""
+        if not self.adapter.reads_prompt:
+            return {}
+        given = getattr(self._local, "given", None)
+        if given is not None:
+            return self.adapter.prompt_of(given, None)
+        return getattr(self._local, "prompt", None) or {}
+
     def _open_door(self, kind: str, name: str) -> None:
         """Stand in for one feature method of this model object (``generate`` calls it ahead of the forward pass)."""
         inner = self.adapter.inner
@@ -253,6 +290,7 @@ class Handle:
                 return stock(*args, **kwargs)
             given = {**inspect.signature(stock).bind_partial(*args, **kwargs).arguments}
             given.update(given.pop("kwargs", {}))
+            given = {**self._prompt, **given}
             vision = Vision(geometry(given), pixel_values=self.adapter.pixels(given))
             # hooks of one pass must not see another thread's images
             with self._tower_lock:
@@ -321,7 +359,7 @@ class Handle:
             return None
         run = self._start(embeds)
         policy = self._policies[id(self._before[0])] if self._before else "original"
-        changed = enter(run, kwargs, self.adapter, policy, self._layerwise)
+        changed = enter(run, kwargs, self.adapter, policy, self._layerwise, self._local.given)
         if not run.frames:
             return None
         self._local.run = run

@@ -4,13 +4,13 @@ sequence length."""
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..compat import cache_keyword, cache_of
 from ..dtypes import LongTensor
 from ..tokens import Frame, pack
 from .cache import manage, managed
@@ -19,16 +19,6 @@ from .run import Run, chunk_of
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
-
-
-def cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache in a call's keywords: named ``cache`` since transformers 5.24, ``past_key_values`` before."""
-    return kwargs.get("cache", kwargs.get("past_key_values"))
-
-
-def cache_keyword(module: Any) -> str:
-    """The name that this version of transformers gives the cache argument of ``module.forward``."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def _own_cache(kwargs: dict[str, Any], adapter: Adapter) -> Cache | None:
@@ -41,11 +31,13 @@ def _own_cache(kwargs: dict[str, Any], adapter: Adapter) -> Cache | None:
     return DynamicCache(config=adapter.text_config) if use_cache and not checkpointing else None
 
 
-def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, layerwise: bool) -> dict[str, Any] | None:
+def enter(
+    run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, layerwise: bool, given: dict[str, Any]
+) -> dict[str, Any] | None:
     """Build the first frame and the language model's arguments for it; None leaves the stock call alone.
 
     ``positions``: "original" or "contiguous" for the cut at ENTRY. ``layerwise``: methods act inside the decoder or on
-    its cache, so that layers may differ.
+    its cache, so that layers may differ. ``given``: the arguments of the model around the language model.
     """
     embeds, run.cache = kwargs["inputs_embeds"], cache_of(kwargs)
     if run.layout is None and not managed(run.cache) and not layerwise:
@@ -53,7 +45,7 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
     if run.cache is None and (run.layout is not None or layerwise):
         run.cache = _own_cache(kwargs, adapter)
     run.columns = embeds.shape[1]
-    attention_mask = kwargs.get("attention_mask")
+    attention_mask = adapter.caller_mask(kwargs, given)
     run.chunk_valid = chunk_of(attention_mask, run.columns)
     run.base_positions = _base_positions(kwargs.get("position_ids"), run, embeds)
     run.frames = [_first_frame(run, embeds, positions, adapter.mrope)]
@@ -73,7 +65,8 @@ def enter(run: Run, kwargs: dict[str, Any], adapter: Adapter, positions: str, la
         kwargs["inputs_embeds"] = kept if frame.valid is None else kept.masked_fill(~frame.valid[..., None], 0)
         adapter.follow(kwargs, frame.index)
     kwargs["position_ids"] = run.entry_positions = shifted(frame.positions, _past_shift(run))
-    kwargs["attention_mask"] = _entry_mask(run, attention_mask, dropping)
+    mask = _entry_mask(run, attention_mask, dropping)
+    kwargs["attention_mask"] = adapter.language_mask(mask, kwargs, frame, given)
     return kwargs
 
 
@@ -131,7 +124,8 @@ def _entry_mask(run: Run, attention_mask: Tensor | None, dropping: bool) -> Tens
     batch, slots = frame.index.shape
     past, past_valid, offset = 0, None, 0
     if managed(run.cache) and run.cache.get_seq_length():
-        layer = run.cache.layers[0]
+        # a sliding layer has forgotten what lies behind its window
+        layer = next((x for x in run.cache.layers if not hasattr(x, "sliding_window")), run.cache.layers[0])
         past, offset = layer.stored, layer.dropped
         if hasattr(layer, "sliding_window"):
             offset += layer.cumulative_length - past

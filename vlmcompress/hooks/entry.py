@@ -127,7 +127,7 @@ def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
     assert selection is not None
     view = layout.view.gather(1, selection.keep)
     cell = layout.cell.gather(1, selection.keep)
-    if tower is not None and tower.edited:
+    if tower is not None and tower.edited and not tower.on_grid:
         table = places(tokens_of(tower)[0], tower.cells // tower.group)
         cell = table[view.clamp_min(0), cell.clamp_min(0)].masked_fill(cell < 0, -1)
     return view, cell

@@ -37,6 +37,9 @@ class TowerState:
     sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped
     newlines: bool = True  # whether newlines of rows with a kept token stay
     leading: bool = False  # whether tokens stand in their image's first places instead of their own
+    #: towers in raster order whose patches are joined: place in the raster of patch group · token + place in it, [N · group]
+    raster: LongTensor | None = None
+    on_grid: bool = False  # whether the patches stand in the full raster again
     window: LongTensor | None = None  # [V, N] attention window of every cell, where the tower has windows
     order: LongTensor | None = None  # [S] row of ours at each place of the tower's pack, see packed.order_of
     full_order: LongTensor | None = None  # the same before anything was dropped

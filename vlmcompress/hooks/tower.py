@@ -40,6 +40,7 @@ def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None
         )
     layers = adapter.tower_layers
     vision.tower = start(vision.layout, adapter.patches_per_token)
+    vision.tower.raster = adapter.patch_order(vision.layout.view_grid)
     vision.handles += _shrink_pixels(vision, methods, adapter)
     for index, block in enumerate(layers):
         callers = [m for m in methods if index in wanted[m]]
@@ -83,7 +84,13 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
             taps["arguments"] = kwargs if changed is None else changed[1]
         return changed
 
+    def mask(module: nn.Module, args: tuple, kwargs: dict):
+        return _masked(vision, adapter, args, kwargs)
+
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True)]
+    if not adapter.packed_tower:
+        hooks.append(adapter.tower_masked(index).register_forward_pre_hook(mask, with_kwargs=True))
+    restores = index == adapter.feature_layer and vision.tower is not None and vision.tower.raster is not None
     if callers:
         for name, module in adapter.tower_projections(index).items():
             hooks.append(module.register_forward_hook(_tap(taps, name)))
@@ -98,6 +105,9 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
                 views = len(tower.ids)
                 hidden = unpack(hidden, tower.valid, views, tower.order)
                 qkv = [unpack(x, tower.valid, views, tower.order).transpose(1, 2) for x in qkv]
+            if tower.raster is not None and not tower.edited:
+                by_token = _behind(tower.raster, adapter.tower_prefix)
+                hidden, qkv = hidden[:, by_token], [x[:, :, by_token] for x in qkv]
             edited = _call(vision, index, hidden, qkv, callers, adapter)
             if edited is None:
                 return None
@@ -105,9 +115,44 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
                 edited = pack(edited, tower.valid, tower.order)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
+    if restores:
+        hooks.append(block.register_forward_hook(_back_to_grid(vision, adapter), prepend=True))
+    if callers:
         # in front of other hooks, so that recorded hidden states are those that go on
         hooks.append(block.register_forward_hook(after, prepend=True))
     return hooks
+
+
+def _back_to_grid(vision: Vision, adapter: Adapter):
+    """Hook of the feature layer: put what the tower left back in its places, zeros where nothing is.
+
+    For models that lay the tower's output out as a picture before they join its patches.
+    """
+
+    def hook(module: nn.Module, args: tuple, output):
+        tower = vision.tower
+        assert tower is not None and tower.raster is not None
+        tower.on_grid = True
+        if not tower.edited:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        prefix, cells = adapter.tower_prefix, len(tower.raster)
+        rows = hidden[:, prefix:]
+        place = torch.arange(rows.shape[1], device=rows.device).expand_as(tower.ids) if tower.leading else tower.ids
+        target = tower.raster[place]
+        if tower.valid is not None:
+            target = target.masked_fill(~tower.valid, cells)  # padding lands in one spare row
+        full = rows.new_zeros(len(rows), cells + 1, rows.shape[-1])
+        full = full.scatter(1, target[..., None].expand_as(rows), rows)
+        full = torch.cat([hidden[:, :prefix], full[:, :-1]], dim=1)
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+    return hook
+
+
+def _behind(order: Tensor, prefix: int) -> Tensor:
+    """``order`` of patches with the ``prefix`` special tokens left in front."""
+    return torch.cat([torch.arange(prefix, device=order.device), order + prefix])
 
 
 def _tap(taps: dict[str, Any], name: str):
@@ -118,7 +163,7 @@ def _tap(taps: dict[str, Any], name: str):
 
 
 def _before(vision: Vision, index: int, adapter: Adapter, args: tuple, kwargs: dict):
-    """Count the tokens and pass on the key bias of padded or merged patches."""
+    """Count the tokens; in a packed tower, also give the layer the arguments of those that are left."""
     tower = vision.tower
     assert tower is not None
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -131,11 +176,21 @@ def _before(vision: Vision, index: int, adapter: Adapter, args: tuple, kwargs: d
             return None
         return args, adapter.tower_arguments(kwargs, present_rows(tower), counts[counts > 0])
     tower.tokens.append(hidden.shape[0] * hidden.shape[1])
-    bias = _key_bias(tower, adapter.tower_prefix)
-    if bias is None:
+    return None
+
+
+def _masked(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
+    """Give attention the key bias of padded or merged patches in the place of the stock mask."""
+    tower = vision.tower
+    assert tower is not None
+    if tower.on_grid or not tower.edited:
         return None
-    require_mask_support(adapter.tower.config)
-    mask = bias[:, None, None, :].clamp_min(torch.finfo(hidden.dtype).min).to(hidden.dtype)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    bias = _key_bias(tower, adapter.tower_prefix)
+    mask = None
+    if bias is not None:
+        require_mask_support(adapter.tower.config)
+        mask = bias[:, None, None, :].clamp_min(torch.finfo(hidden.dtype).min).to(hidden.dtype)
     if len(args) > 1:
         return (args[0], mask, *args[2:]), kwargs
     return args, {**kwargs, "attention_mask": mask}
@@ -181,16 +236,18 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
 def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
     """[V, n] fp32 logits of the CLS query in the layer behind ``index``, from its input ``hidden``; mean over heads."""
     norm, linear = adapter.tower_norm(index + 1), adapter.tower_projections(index + 1)
-    heads, prefix = adapter.tower_layers[index + 1].self_attn.num_heads, adapter.tower_prefix
-    if type(linear["q"]) is nn.Linear and type(linear["k"]) is nn.Linear and type(norm) is nn.LayerNorm:
+    heads, prefix = adapter.tower_heads, adapter.tower_prefix
+    plain = type(linear["q"]) is nn.Linear and type(linear["k"]) is nn.Linear and type(norm) is nn.LayerNorm
+    if plain and not adapter.tower_qk_norm:
         weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
         x = nn.functional.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
         parts = [None if p is None else p.float() for m in ("q", "k") for p in (linear[m].weight, linear[m].bias)]
         return folded_cls_logits(x, *parts, heads, adapter.tower_scale)[:, prefix - 1 :]
-    # quantised or adapted projections: call them as they are
+    # quantised, adapted or normed projections: call them as they are
     x = norm(hidden)
-    q, k = linear["q"](x[:, :1]), linear["k"](x[:, prefix:])
-    return (k.float() @ q.float().mT)[..., 0] * (adapter.tower_scale / heads)
+    k = linear["k"](x[:, prefix:])
+    q, k, _ = adapter.split_qkv(index + 1, {"q": linear["q"](x[:, :1]), "k": k, "v": k})
+    return torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
 
 
 def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> Tensor:

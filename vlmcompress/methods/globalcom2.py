@@ -56,7 +56,8 @@ class GlobalCom2(Method):
     order and at their true cells. ``keep=1.0`` keeps everything and at least one token always stays, which holds for
     the code in neither case. An image of one view (LLaVA-1.5) counts as its own thumbnail: the top CLS scores stay.
     Towers without a CLS token rank by minus the cosine to the view's mean patch; the paper describes it, the code has
-    it not, and we take it in front of the projector, summed over the patches that make up a token.
+    it not, and we take it in front of the projector. Where the projector joins patches to a token, their scores are
+    averaged (ours).
 
     Args:
         keep: a float is the paper's retention ratio R of the patches, newline tokens on top; an int is an exact number
@@ -105,9 +106,11 @@ class GlobalCom2(Method):
         views, n, width = layer.patches.shape
         state["flops"] = views * (4 * width**2 + 2 * n * width)
         if layer.has_cls:
-            state["row"] = layer.cls_logits(following=layer.index + 1 < layer.depth).detach()
+            row = layer.cls_logits(following=layer.index + 1 < layer.depth)
         else:
-            state["row"] = layer.per_token(negative_cosine(layer.patches, layer.valid)).detach()
+            row = negative_cosine(layer.patches, layer.valid)
+        # the mean, so that a crop's sum weighs no more for patches that are joined
+        state["row"] = layer.per_token(row).detach() / layer.group
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
         row, layout = state.pop("row"), tokens.layout

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images cut into tiles that follow each other in the prompt, a thumbnail behind them: neither padding nor newlines."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dtypes import LongTensor
+from ..tokens import Layout
+from .base import raster_layout
+
+
+def tiled_layout(tiles: list[tuple[int, int]], grid: tuple[int, int], device: torch.device) -> Layout:
+    """Layout (not placed) of images in ``tiles[i]`` (rows, columns) tiles of ``grid`` tokens each, (0, 0) being uncut.
+
+    A tile's token stands at its own cell of the picture, a thumbnail's at the one under its centre. An image that is
+    not cut is its own thumbnail beside others that are; without any of those nothing counts as tiled.
+    """
+    if not any(rows * cols for rows, cols in tiles):
+        return raster_layout(len(tiles), grid, device)
+    cells = grid[0] * grid[1]
+    views = [rows * cols + 1 for rows, cols in tiles]
+    pictures = [(max(rows, 1) * grid[0], max(cols, 1) * grid[1]) for rows, cols in tiles]
+    first = torch.tensor(views).cumsum(0) - torch.tensor(views)
+    places = [_places(*shape, grid) for shape in tiles]
+    row, col, valid, view, cell = (
+        torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True).to(device)
+        for x in (
+            [row for row, _ in places],
+            [col for _, col in places],
+            [torch.ones(n * cells, dtype=torch.bool) for n in views],
+            [start + torch.arange(n).repeat_interleave(cells) for start, n in zip(first, views, strict=True)],
+            [torch.arange(cells).repeat(n) for n in views],
+        )
+    )
+    thumbnail = torch.zeros(sum(views), dtype=torch.bool)
+    thumbnail[first + torch.tensor(views) - 1] = True
+    return Layout(
+        n=[n * cells for n in views], grid=pictures, kind=["image"] * len(tiles), view=view, cell=cell, row=row, col=col,
+        valid=valid, view_image=torch.arange(len(views)).repeat_interleave(torch.tensor(views)).to(device),
+        view_grid=grid, tiles=tiles, thumbnail=thumbnail.to(device),
+    )  # fmt: skip
+
+
+def _places(rows: int, cols: int, grid: tuple[int, int]) -> tuple[LongTensor, LongTensor]:
+    """Row and column in the picture of every token of one image: its tiles one by one, then its thumbnail."""
+    tile = torch.arange(rows * cols)[:, None]
+    cell = torch.arange(grid[0] * grid[1])
+    row, col = cell // grid[1], cell % grid[1]
+    # of an uncut image the picture is the thumbnail
+    height, width = max(rows, 1), max(cols, 1)
+    small_row, small_col = (2 * row + 1) * height // 2, (2 * col + 1) * width // 2
+    if not rows * cols:
+        return small_row, small_col
+    return (
+        torch.cat([(tile // cols * grid[0] + row).flatten(), small_row]),
+        torch.cat([(tile % cols * grid[1] + col).flatten(), small_col]),
+    )
+
+
+def runs(marked: torch.Tensor) -> list[tuple[int, int]]:
+    """(first column, length) of every run of marked columns of one row, [S] bool."""
+    edges = torch.nn.functional.pad(marked.int(), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
+    return list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))
