@@ -144,6 +144,12 @@ def scenes(split: str) -> list[Sample]:
     return _stored("scenes", split)
 
 
+@register_task("scenes-hires")
+def scenes_hires(split: str) -> list[Sample]:
+    """The same things on canvases of up to 192 × 192 pixels, see ``scenes_hires/test.json``; for tiled models."""
+    return _stored("scenes-hires", split)
+
+
 @register_task("easy-vqa")
 def easy_vqa(split: str) -> list[Sample]:
     """The easy-VQA data set from its own package: 1,000 test images, 9,673 questions, 13 answers."""

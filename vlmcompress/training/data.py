@@ -142,14 +142,23 @@ class QuestionCollator:
         self.tokenizer, self.image_tokens, self.seed, self.augment = tokenizer, image_tokens, seed, augment
         self.image_id, self.end_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
 
+    def count(self, item: dict) -> int:
+        """Image tokens of an item."""
+        return self.image_tokens
+
+    def images(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """What the model is given of the images."""
+        return {"pixel_values": normalize(torch.stack([item["pixels"] for item in items]))}
+
     def encode(self, item: dict) -> dict[str, np.ndarray]:
         """ids, labels, positions and block (0 = image, then 1, 2, … per pair) of one item, each of shape [S]."""
-        ids = [self.tokenizer.bos_token_id] + [self.image_id] * self.image_tokens
+        image_tokens = self.count(item)
+        ids = [self.tokenizer.bos_token_id] + [self.image_id] * image_tokens
         labels, block = [IGNORED] * len(ids), [0] * len(ids)
         rng = np.random.default_rng((self.seed, item["index"], 2))
         image_positions, start = np.arange(len(ids)), len(ids)
         if rng.random() < self.augment:
-            image_positions, start = augmented_positions(rng, self.image_tokens)
+            image_positions, start = augmented_positions(rng, image_tokens)
         positions = list(image_positions)
         texts = self.tokenizer([qa.question for qa in item["qas"]], add_special_tokens=False)["input_ids"]
         for n, (question, qa) in enumerate(zip(texts, item["qas"], strict=True)):
@@ -176,7 +185,7 @@ class QuestionCollator:
             "labels": full["labels"],
             "position_ids": full["positions"],
             "attention_mask": pair_mask(full["block"]),
-            "pixel_values": normalize(torch.stack([item["pixels"] for item in items])),
+            **self.images(items),
         }
 
 

@@ -18,19 +18,20 @@ from vlmcompress.eval.tasks import Sample, load, score
 
 @torch.no_grad()
 def answers(
-    model, processor, samples: list[Sample], keep: int | None = None, contiguous: bool = False, seed: int = 0
+    model, processor, samples: list[Sample], keep: int | str | None = None, contiguous: bool = False, seed: int = 0
 ) -> list[str]:
-    """One word per sample. With ``keep`` every prompt keeps that many random visual tokens, in their order.
+    """One word per sample. ``keep`` leaves each prompt that many random visual tokens, in their order; of a tiled model
+    "thumbnail" leaves the tokens of the thumbnail and "crops" all others.
 
     ``contiguous`` renumbers what is left; otherwise the survivors and the text keep their positions.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = [f"<image> {sample.question}" for sample in samples]
-    lengths: dict[int, list[int]] = defaultdict(list)
+    lengths: dict[tuple, list[int]] = defaultdict(list)
     for i, ids in enumerate(processor.tokenizer(prompts)["input_ids"]):
-        lengths[len(ids)].append(i)
+        lengths[len(ids), samples[i].image.size].append(i)
     found = [""] * len(samples)
-    for same in lengths.values():  # prompts of one length need no padding
+    for same in lengths.values():  # prompts of one length, and images of one size, need no padding
         for start in range(0, len(same), 64):
             rows = same[start : start + 64]
             inputs = processor(
@@ -42,28 +43,36 @@ def answers(
     return found
 
 
-def _next_words(model, inputs, keep: int | None, contiguous: bool, generator) -> torch.Tensor:
+def _next_words(model, inputs, keep: int | str | None, contiguous: bool, generator) -> torch.Tensor:
     """Ids [B] of the likeliest next words."""
     ids = inputs["input_ids"]
     core = model.model
-    image = torch.stack(list(core.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+    seen = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    image = torch.stack(list(core.get_image_features(**seen, return_dict=True).pooler_output))
     here = ids == model.config.image_token_id
     embeds = core.get_input_embeddings()(ids).masked_scatter(here[..., None], image)
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if keep is not None:
-        noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(~here, 2.0)
-        kept = (
-            noise.topk(keep + int((~here[0]).sum()), dim=1).indices
-            if keep
-            else (~here).nonzero()[:, 1].view(len(ids), -1)
-        )
-        kept = kept.sort(1).values
+        kept = _kept(here, keep, model.config.vision_config, generator)
         embeds = embeds.gather(1, kept[..., None].expand(-1, -1, embeds.shape[-1]))
         places = torch.arange(kept.shape[1], device=ids.device).expand_as(kept) if contiguous else kept
     # an all-ones mask: without it, gaps in the positions would be taken for packed sequences
     mask = torch.ones(places.shape, dtype=torch.long, device=ids.device)
     out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
     return out.logits[:, -1].argmax(-1)
+
+
+def _kept(here: torch.Tensor, keep: int | str, vision, generator) -> torch.Tensor:
+    """Indices [B, K] of the text and of the visual tokens that stay, from the mask [B, S] of the visual ones."""
+    if isinstance(keep, str):
+        cells = (vision.image_size // vision.patch_size) ** 2
+        first = here.cumsum(1) <= cells
+        stay = ~here | (first if keep == "thumbnail" else ~first)
+        return stay.nonzero()[:, 1].view(len(here), -1)
+    if not keep:
+        return (~here).nonzero()[:, 1].view(len(here), -1)
+    noise = torch.rand(here.shape, generator=generator).to(here.device).masked_fill(~here, 2.0)
+    return noise.topk(keep + int((~here[0]).sum()), dim=1).indices.sort(1).values
 
 
 def accuracy(samples: list[Sample], said: list[str]) -> dict[str, float]:
@@ -90,11 +99,14 @@ def main(
         typer.echo(f"{name}: " + ", ".join(f"{kind} {100 * value:.1f}" for kind, value in row.items()))
 
     show("every token", accuracy(samples, answers(loaded, processor, samples)))
-    for count in keep or []:
+    views = ["thumbnail", "crops"] if loaded.config.model_type == "llava_next" else []
+    for part in [*views, *(keep or [])]:
         for contiguous in (False, True):
-            runs = [accuracy(samples, answers(loaded, processor, samples, count, contiguous, s)) for s in range(seeds)]
-            mean = {kind: sum(run[kind] for run in runs) / seeds for kind in runs[0]}
-            show(f"random {count}, {'contiguous' if contiguous else 'original'} positions", mean)
+            draws = range(1 if part in views else seeds)
+            runs = [accuracy(samples, answers(loaded, processor, samples, part, contiguous, s)) for s in draws]
+            mean = {kind: sum(run[kind] for run in runs) / len(runs) for kind in runs[0]}
+            name = f"{part} only" if part in views else f"random {part}"
+            show(f"{name}, {'contiguous' if contiguous else 'original'} positions", mean)
 
 
 if __name__ == "__main__":

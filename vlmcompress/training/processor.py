@@ -3,7 +3,13 @@
 
 from easy_vqa import get_answers, get_train_questions
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from .questions import vocabulary
 
@@ -62,4 +68,27 @@ def build_processor(image_size: int = 96, patch_size: int = 8) -> LlavaProcessor
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiled_processor(base: LlavaProcessor, pinpoints: list[list[int]]) -> LlavaNextProcessor:
+    """The LLaVA-NeXT processor with the tokenizer, the template and the pixel range of ``base``.
+
+    Tiles and thumbnail have the size of its pictures; ``pinpoints`` are the canvases (height, width) of tiles.
+    """
+    pixels = base.image_processor
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": pixels.size["shortest_edge"]},
+        crop_size=dict(pixels.crop_size),
+        image_mean=pixels.image_mean,
+        image_std=pixels.image_std,
+        image_grid_pinpoints=pinpoints,
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=base.tokenizer,
+        patch_size=base.patch_size,
+        vision_feature_select_strategy=base.vision_feature_select_strategy,
+        num_additional_image_tokens=base.num_additional_image_tokens,
+        chat_template=base.chat_template,
     )

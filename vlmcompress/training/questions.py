@@ -117,12 +117,12 @@ def _existence(scene: Scene, rng):
 
 
 def _positions(scene: Scene, rng):
-    middle, margin = scene.image.width / 2, scene.image.width * 0.05
+    width, height = scene.image.size
     for name, thing in names(scene):
-        if abs(thing.x - middle) > margin:
-            yield f"on which side is the {name}", "left" if thing.x < middle else "right"
-        if abs(thing.y - middle) > margin:
-            yield f"at which height is the {name}", "top" if thing.y < middle else "bottom"
+        if abs(thing.x - width / 2) > 0.05 * width:
+            yield f"on which side is the {name}", "left" if thing.x < width / 2 else "right"
+        if abs(thing.y - height / 2) > 0.05 * height:
+            yield f"at which height is the {name}", "top" if thing.y < height / 2 else "bottom"
 
 
 def _relations(scene: Scene, rng):

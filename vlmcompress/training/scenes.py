@@ -33,13 +33,16 @@ OVERSAMPLE = 2  # things are drawn at twice the size and averaged down
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What scenes may hold. Sizes are in pixels of the canvas.
+    """What scenes may hold. Sizes are in pixels of the canvas, which is square unless ``height`` is given.
 
     ``max_repeats`` bounds how often one shape name may occur, so that most things can be named without doubt. Digits
-    are all of one height, and their centres lie on lines ``digit_step`` apart, as type on a page does.
+    are all of one height, and their centres lie on lines ``digit_step`` apart, as type on a page does. With ``tile``
+    things with a digit stay clear of the middle line of every side longer than a tile: a model that sees the canvas in
+    two tiles there cuts it on that line. ``grain`` is the deviation of the noise on textured backgrounds.
     """
 
     canvas: int = 96
+    height: int | None = None
     sizes: tuple[int, int] = (11, 23)
     objects: tuple[int, int] = (1, 6)
     max_repeats: int = 2
@@ -50,13 +53,20 @@ class SceneConfig:
     label_size: int = 32
     plain_share: float = 0.15
     clutter: int = 10
+    grain: float = 3.0
+    tile: int | None = None
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.canvas, self.height or self.canvas
 
     def __post_init__(self):
         if not 1 <= self.objects[0] <= self.objects[1]:
             raise ValueError(f"objects must be a range of positive counts, got {self.objects}")
         largest = max(self.sizes[1], self.label_size)
-        if largest * 2 > self.canvas:
-            raise ValueError(f"Things of up to {largest} px do not fit a canvas of {self.canvas} px")
+        if largest * 2 > min(self.box):
+            raise ValueError(f"Things of up to {largest} px do not fit a canvas of {min(self.box)} px")
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ def place_things(rng, config: SceneConfig, max_objects: int | None = None) -> tu
         label = str(rng.integers(10)) if kind == "digit" else None
         if kind in LABELED and rng.random() < config.label_share:
             size, label = config.label_size, str(rng.integers(10))
-        spot = _free_spot(rng, config.canvas, size, things, config.digit_step if label else 0)
+        step, tile = (config.digit_step, config.tile) if label else (0, None)
+        spot = _free_spot(rng, config.box, size, things, step, tile)
         if spot is not None:
             color = str(rng.choice(INKS if kind == "digit" else list(COLORS)))
             tilt = 2 if label else 12
@@ -118,14 +129,21 @@ def place_things(rng, config: SceneConfig, max_objects: int | None = None) -> tu
     return tuple(things)
 
 
-def _free_spot(rng, canvas: int, size: int, things: list[Thing], step: int = 0) -> tuple[float, float] | None:
-    """A place for a thing of ``size``, or None when the canvas is too full; with ``step`` on the lines of a grid."""
-    half = size / 2
-    for x, y in rng.uniform(half, canvas - half, (60, 2)):
+def _free_spot(
+    rng, box: tuple[int, int], size: int, things: list[Thing], step: int = 0, tile: int | None = None
+) -> tuple[float, float] | None:
+    """A place for a thing of ``size``, or None when the canvas is too full.
+
+    With ``step`` it is on the lines of a grid, with ``tile`` clear of the middle line of every side longer than that.
+    """
+    half, (width, height) = size / 2, box
+    for x, y in rng.uniform(half, np.array(box) - half, (60, 2)):
         if step:
             x, y = ((v // step + 0.5) * step for v in (x, y))
-            if min(x, y) < half or max(x, y) > canvas - half:
+            if min(x, y) < half or x > width - half or y > height - half:
                 continue
+        if tile and any(side > tile and abs(v - side / 2) < half for v, side in ((x, width), (y, height))):
+            continue
         if all(max(abs(x - t.x), abs(y - t.y)) > half + t.size / 2 + 2 for t in things):
             return float(x), float(y)
     return None
@@ -133,10 +151,10 @@ def _free_spot(rng, canvas: int, size: int, things: list[Thing], step: int = 0) 
 
 def draw_background(rng, config: SceneConfig) -> Image.Image:
     """A light background: plain, gradient, cloudy, striped or checked, with muted clutter."""
-    n = config.canvas
+    n, box = max(config.box), (0, 0, *config.box)
     base = rng.integers(196, 256, 3)
     if rng.random() < config.plain_share:
-        return Image.new("RGB", (n, n), tuple(int(v) for v in base))
+        return Image.new("RGB", config.box, tuple(int(v) for v in base))
     style = int(rng.integers(4))
     other = np.clip(base + rng.integers(-45, 46, 3), 165, 255)
     if style == 0:  # gradient from one side to the other
@@ -151,28 +169,28 @@ def draw_background(rng, config: SceneConfig) -> Image.Image:
         stripe = (np.arange(n) // period) % 2
         weight = stripe[None] ^ stripe[:, None] if style == 2 else stripe[None].repeat(n, 0)
         weight = weight.T if rng.random() < 0.5 else weight
-    pixels = base + weight[..., None] * (other - base) + rng.normal(0, 3, (n, n, 1))
+    pixels = base + weight[..., None] * (other - base) + rng.normal(0, config.grain, (n, n, 1))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    _draw_clutter(ImageDraw.Draw(image), rng, base, config)
-    return image
+    _draw_clutter(ImageDraw.Draw(image), rng, base, n, config.clutter)
+    return image.crop(box)
 
 
-def _draw_clutter(draw: ImageDraw.ImageDraw, rng, base: np.ndarray, config: SceneConfig) -> None:
+def _draw_clutter(draw: ImageDraw.ImageDraw, rng, base: np.ndarray, side: int, most: int) -> None:
     """Thin strokes and dots in shades of the background: edges that mean nothing."""
-    for _ in range(int(rng.integers(config.clutter + 1))):
+    for _ in range(int(rng.integers(most + 1))):
         shade = tuple(int(v) for v in np.clip(base - rng.integers(15, 70), 0, 255))
-        x, y, dx, dy = (float(v) for v in rng.uniform(0, config.canvas, 4))
+        x, y, dx, dy = (float(v) for v in rng.uniform(0, side, 4))
         if rng.random() < 0.5:
-            draw.line((x, y, x + dx / 4 - config.canvas / 8, y + dy / 4 - config.canvas / 8), fill=shade, width=1)
+            draw.line((x, y, x + dx / 4 - side / 8, y + dy / 4 - side / 8), fill=shade, width=1)
         else:
-            radius = 1 + dx / config.canvas
+            radius = 1 + dx / side
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade)
 
 
 def draw_things(background: Image.Image, things: tuple[Thing, ...], rng=None) -> Image.Image:
     """Draw ``things`` over a background; ``rng`` varies each colour a little."""
-    n = background.width
-    layer = Image.new("RGBA", (n * OVERSAMPLE, n * OVERSAMPLE))
+    width, height = background.size
+    layer = Image.new("RGBA", (width * OVERSAMPLE, height * OVERSAMPLE))
     draw = ImageDraw.Draw(layer)
     for thing in things:
         shift = rng.integers(-22, 23, 3) if rng is not None else np.zeros(3, int)
@@ -232,16 +250,16 @@ def _font(size: int):
 def patch_labels(scene: Scene, patch: int, threshold: float = 0.12) -> dict[str, np.ndarray]:
     """What each patch shows, for auxiliary heads.
 
-    Returns arrays of shape [canvas // patch, canvas // patch]: ``color`` and ``kind`` (0 = background, then the order
+    Returns arrays of shape [height // patch, width // patch]: ``color`` and ``kind`` (0 = background, then the order
     of `COLORS` and of `SHAPES` + digit) and ``digit`` (0 = none, 1–10 = the digit read there).
     """
-    grid = scene.image.width // patch
-    labels = {name: np.zeros((grid, grid), np.int64) for name in ("color", "kind", "digit")}
-    best = np.full((grid, grid), threshold)
+    cols, rows = (side // patch for side in scene.image.size)
+    labels = {name: np.zeros((rows, cols), np.int64) for name in ("color", "kind", "digit")}
+    best = np.full((rows, cols), threshold)
     kinds = (*SHAPES, "digit")
     for thing in scene.things:
-        alpha = np.asarray(draw_mask(thing, scene.image.width), np.float32) / 255
-        cover = alpha[: grid * patch, : grid * patch].reshape(grid, patch, grid, patch).mean((1, 3))
+        alpha = np.asarray(draw_mask(thing, scene.image.size), np.float32) / 255
+        cover = alpha[: rows * patch, : cols * patch].reshape(rows, patch, cols, patch).mean((1, 3))
         here = cover > best
         best = np.maximum(best, cover)
         labels["color"][here] = list(COLORS).index(thing.color) + 1
@@ -250,9 +268,9 @@ def patch_labels(scene: Scene, patch: int, threshold: float = 0.12) -> dict[str,
     return labels
 
 
-def draw_mask(thing: Thing, canvas: int) -> Image.Image:
-    """The pixels of one thing as an 8-bit mask of shape [canvas, canvas]."""
-    mask = Image.new("L", (canvas * OVERSAMPLE, canvas * OVERSAMPLE))
+def draw_mask(thing: Thing, box: tuple[int, int]) -> Image.Image:
+    """The pixels of one thing as an 8-bit mask of a canvas of ``box`` (width, height)."""
+    mask = Image.new("L", (box[0] * OVERSAMPLE, box[1] * OVERSAMPLE))
     bare = thing if thing.kind == "digit" else replace(thing, label=None)
     _draw_thing(ImageDraw.Draw(mask), bare, 255)
     return mask.reduce(OVERSAMPLE)

@@ -4,29 +4,47 @@
 import hashlib
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import typer
 
+from .hires import HIRES, HIRES_WEIGHTS
 from .questions import KINDS, ask
 from .scenes import SceneConfig, make_scene
 
-VERSION = 2  # 2: digits upright, of one size and on a grid, fresh seed; the set of version 1 had been looked at
-# name -> (seed, images, questions per image, scenes); no training or validation run draws from these seeds
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set: no training or validation run draws from its seed. Scene ``i`` is of the configuration i mod n.
+
+    ``weights`` give the share of each kind of question, as far as the scenes have enough of them.
+    """
+
+    seed: int
+    images: int
+    questions: int
+    configs: tuple[SceneConfig, ...]
+    weights: dict[str, float]
+    version: int = 1
+
+
 TEST_SETS = {
-    "scenes": (86_420_000, 300, 8, SceneConfig()),
+    # version 2: digits upright, of one size and on a grid, fresh seed; the set of version 1 had been looked at
+    "scenes": TestSet(86_420_000, 300, 8, (SceneConfig(),), dict.fromkeys(KINDS, 1.0), version=2),
+    "scenes-hires": TestSet(53_170_000, 240, 6, HIRES, HIRES_WEIGHTS),
 }
 
 
 def scene_rows(name: str, count: int | None = None):
-    """The rows of a test set: id, image as PNG bytes, questions. Kinds are drawn evenly, nothing is tuned."""
+    """The rows of a test set: id, image as PNG bytes, questions. Kinds are drawn by their weights, nothing is tuned."""
     if name not in TEST_SETS:
         raise ValueError(f"There is no test set {name!r}; the test sets are {', '.join(sorted(TEST_SETS))}")
-    seed, images, questions, config = TEST_SETS[name]
-    for i in range(images if count is None else count):
-        scene = make_scene(seed, i, config)
-        asked = ask(scene, np.random.default_rng((seed, i, 1)), questions, dict.fromkeys(KINDS, 1.0))
+    chosen = TEST_SETS[name]
+    for i in range(chosen.images if count is None else count):
+        scene = make_scene(chosen.seed, i, chosen.configs[i % len(chosen.configs)])
+        asked = ask(scene, np.random.default_rng((chosen.seed, i, 1)), chosen.questions, chosen.weights)
         buffer = io.BytesIO()
         scene.image.save(buffer, format="PNG", optimize=True)
         yield {
@@ -62,9 +80,9 @@ def write(name: str, folder: Path) -> None:
     parquet.write_table(table, folder / "test.parquet", compression="zstd")
     kinds = [qa["kind"] for row in rows for qa in row["questions"]]
     note = {
-        "version": VERSION,
+        "version": TEST_SETS[name].version,
         "command": f"python -m vlmcompress.training.testset {name} eval/tasks/{folder.name}",
-        "seed": TEST_SETS[name][0],
+        "seed": TEST_SETS[name].seed,
         "images": len(rows),
         "questions": len(kinds),
         "kinds": {kind: kinds.count(kind) for kind in KINDS},
