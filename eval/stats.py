@@ -102,6 +102,39 @@ def retained(
     return Interval(value, low, high)
 
 
+class Differences:
+    """Paired differences of many rows on the same questions, all resampled alike.
+
+    Resampling draws images with replacement; how often each is drawn is multinomial, so one table of counts serves every
+    pair of rows.
+
+    Args:
+        groups: the image of each question.
+        resamples, seed, level: of the percentile bootstrap.
+    """
+
+    def __init__(self, groups: Sequence[str], *, resamples: int = 2000, seed: int = 0, level: float = 0.95):
+        _, self._index = np.unique(np.asarray(groups), return_inverse=True)
+        self._size = int(self._index.max()) + 1 if len(groups) else 0
+        if not self._size:
+            raise ValueError("A difference needs at least one question.")
+        drawn = np.random.default_rng(seed).multinomial(self._size, np.full(self._size, 1 / self._size), size=resamples)
+        self._drawn: NDArray = drawn.astype(float)
+        self._questions: NDArray = self._drawn @ np.bincount(self._index).astype(float)
+        self._level = level
+
+    def __call__(self, a: Sequence[float] | NDArray, b: Sequence[float] | NDArray) -> Interval:
+        """Mean of ``a - b`` over the questions, with its interval; ``ValueError`` when the questions differ in number."""
+        if not len(a) == len(b) == len(self._index):
+            raise ValueError(
+                f"Paired answers must be to the same questions; there are {len(a)}, {len(b)} and {len(self._index)}."
+            )
+        gaps = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+        sums = np.bincount(self._index, weights=gaps, minlength=self._size)
+        low, high = np.quantile((self._drawn @ sums) / self._questions, [(1 - self._level) / 2, (1 + self._level) / 2])
+        return Interval(float(gaps.mean()), float(low), float(high))
+
+
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and the sample standard deviation where there are at least two values."""
     values = [float(v) for v in values]

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .schema import Answer, check
+
 
 class Store:
     """Answers of one evaluation under ``folder``; opened for one configuration, refused for another."""
@@ -48,23 +50,34 @@ class Store:
         if rest:
             path.write_bytes(b"".join(line + b"\n" for line in whole))
         try:
-            return [json.loads(line) for line in whole]
+            found = [json.loads(line) for line in whole]
         except ValueError as error:
             raise ValueError(f"{path} is damaged in the middle; delete it to have this row run again.") from error
+        for number, line in enumerate(found, 1):
+            check(Answer, line, f"{path}, line {number},")
+        return found
 
     def append(self, row: str, answers: list[dict[str, Any]]) -> None:
         """Add the answers of one batch; on disk when this returns."""
-        with self._path(row).open("ab") as stream:
-            stream.write(b"".join(json.dumps(a).encode() + b"\n" for a in answers))
-            stream.flush()
-            os.fsync(stream.fileno())
+        path = self._path(row)
+        try:
+            with path.open("ab") as stream:
+                stream.write(b"".join(json.dumps(a).encode() + b"\n" for a in answers))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:  # a write that fails does not name its file
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write so that a reader sees the old file or the new one, never half of one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json(path: Path) -> Any:

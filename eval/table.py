@@ -55,6 +55,66 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparisons(report: dict[str, Any]) -> str:
+    """Hard questions and equal cost, one line per row with a budget; empty where nothing could be compared."""
+    tasks = list(report["settings"]["tasks"])
+    head = ["method", "keep"]
+    for task in tasks:
+        head += [f"{task}: hard questions % [95 %] (n; uncompressed)", "equal tokens, points", "equal FLOPs, points"]
+    lines = []
+    for row in report["rows"]:
+        if row["keep"] is None or not any(t.get("hard") or t.get("equal") for t in row.get("tasks", {}).values()):
+            continue
+        line = [row["method"], str(row["keep"])]
+        for task in tasks:
+            found = row["tasks"][task]
+            line += [
+                _hard(found.get("hard")),
+                *(_equal(found.get("equal", {}).get(c, {})) for c in ("layer_tokens", "full")),
+            ]
+        lines.append("| " + " | ".join(line) + " |")
+    if not lines:
+        return ""
+    rule = "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *lines])
+
+
+def _hard(hard: dict[str, Any] | None) -> str:
+    if hard is None:
+        return "–"
+    whole = "–" if hard["uncompressed"] is None else f"{100 * hard['uncompressed']:.1f}"
+    interval = f"[{100 * hard['low']:.1f}, {100 * hard['high']:.1f}]"
+    return f"{100 * hard['accuracy']:.1f} {interval} ({hard['n']}; {whole})"
+
+
+def _equal(found: dict[str, dict[str, float]]) -> str:
+    """The difference to the baseline that is hardest to beat there, and its name; ≈ where it may be none."""
+    if not found:
+        return "–"
+    base, gap = min(found.items(), key=lambda item: item[1]["value"])
+    same = " ≈" if gap["low"] <= 0 <= gap["high"] else ""
+    return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]{same} {base}"
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Which rows cannot be told from the best one of their budget, and which rows answer nothing."""
+    found = []
+    for row in report["rows"]:
+        silent = [task for task, result in row.get("tasks", {}).items() if result.get("empty", 0) > 0.5]
+        if silent:
+            name = "The uncompressed model" if row["method"] == "none" else row["key"]
+            found.append(f"{name} answers nothing to most questions of {', '.join(silent)}: its numbers mean little.")
+    budgets = dict.fromkeys((tie["task"], tie["keep"]) for tie in report.get("ties", []))
+    for task, keep in budgets:
+        mine = [r for r in report["rows"] if r["keep"] == keep and "tasks" in r]
+        best = max(mine, key=lambda r: r["tasks"][task]["accuracy"])["key"]
+        pairs = [tie["rows"] for tie in report["ties"] if (tie["task"], tie["keep"]) == (task, keep)]
+        others = [other for pair in pairs if best in pair for other in pair if other != best]
+        if others:
+            found.append(f"{task}, keep {keep}: the best row, {best}, cannot be told apart from {', '.join(others)}.")
+    return found
+
+
 def notes(report: dict[str, Any]) -> list[str]:
     """What the columns mean, where the numbers were taken and which rows failed."""
     machine, settings = report["environment"], report["settings"]

@@ -25,6 +25,8 @@ EXTRAS = {
     "matplotlib": "eval",
     "datasets": "eval",
     "pyarrow": "eval",
+    "pydantic": "eval",
+    "lmms_eval": "eval",
     "easy_vqa": "eval",
     "accelerate": "train",
     "open_clip": "train",
@@ -109,6 +111,22 @@ def flops(
     from .commands.flops import Settings, flops
 
     flops(Settings(model, method, keep, option or [], image, text, json))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="What `vlmcompress eval --out` filled.")],
+    out: Annotated[Path, typer.Option(help="The page; its charts go beside it as PNG.")] = Path("out/report.html"),
+    model: Annotated[
+        str | None, typer.Option(help="The measured model, to draw what methods kept where they disagree.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions to draw.")] = 4,
+) -> None:
+    """One HTML page from folders of results: frontiers, tables, token profiles, kept patches."""
+    from .eval.page import write
+
+    for path in write(folders, out, model=model, samples=samples):
+        typer.echo(f"Written: {path}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy as np
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import load_yaml_config
+from lmms_eval.utils import handle_non_serializable, load_yaml_config
 from PIL import Image
 
 from ..loading import first_sentence
@@ -52,7 +53,7 @@ class Document(Sample):
                 f"'{self.task.config.task}' gives single questions no score from 0 to 1 (its metrics: "
                 f"{', '.join(metrics)}); run it with lmms-eval --model vlmcompress."
             )
-        return {"correct": found[0], "metrics": metrics}
+        return {"correct": found[0], "metrics": json.loads(json.dumps(metrics, default=handle_non_serializable))}
 
     def aggregate(self, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The task's own metrics over the answers to all its questions, as lmms-eval reports them."""
@@ -84,7 +85,7 @@ class Document(Sample):
         request = self.task.construct_requests(self.index, "", metadata=about)
         request.resps = [prediction]
         ensemble = self.task._filters[0]
-        ensemble.apply([request], None)
+        ensemble.apply([request], [self._text()])
         return request.filtered_resps[ensemble.name]
 
 

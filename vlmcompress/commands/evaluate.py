@@ -11,6 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+COMPARED = (
+    "Hard questions: those that the picture shrunk to the same budget gets wrong. Equal tokens, equal FLOPs: accuracy "
+    "minus that of the strongest of random, grid, pool and resize at the same layer average and at the same prefill; "
+    "between its budgets a baseline is a straight line that ends in the uncompressed model. ≈: the interval holds 0."
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,7 +46,7 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     Under ``accelerate launch`` the processes share the questions; the first one alone writes and returns the report.
     """
     # before hours are spent: the packages that the report needs at the very end
-    for package in ("matplotlib", "scipy"):
+    for package in ("matplotlib", "scipy", "pydantic"):
         import_module(package)
     from ..eval import chart, results, table
     from ..eval.loading import fingerprint, load
@@ -68,6 +74,10 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     errors, timings = _measure(settings, model, processor, rows, samples, store, team, console)
     if store is None:
         return None
+    table_rows = results.summarize(
+        store, rows, list(samples), errors=errors, timings=timings, expected=sum(map(len, samples.values())),
+        totals={task: found[0].aggregate for task, found in samples.items()},
+    )  # fmt: skip
     report = {
         "schema": results.SCHEMA,
         "model": {
@@ -84,17 +94,18 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
             "rounds": settings.rounds,
         },
         "environment": results.environment(team.device) | {"processes": team.size},
-        "rows": results.summarize(
-            store, rows, list(samples), errors=errors, timings=timings, expected=sum(map(len, samples.values()))
-        ),
+        "ties": results.add_comparisons(store, rows, table_rows),
+        "rows": table_rows,
     }
     write_json(settings.out / "report.json", report)
     notes = table.notes(report)
+    compared = table.comparisons(report)
     text = [f"# {report['model']['name']}", table.markdown(report), *notes, "![accuracy against FLOPs](frontier.png)"]
+    text += [compared, COMPARED] * bool(compared) + table.warnings(report)
     (settings.out / "report.md").write_text("\n\n".join(text) + "\n")
     chart.frontier(report, settings.out / "frontier.png")
     Console(width=max(console.width, 150)).print(table.terminal(report))
-    for note in notes:
+    for note in [*notes, *table.warnings(report)]:
         console.print(note, markup=False, highlight=False)
     console.print(f"Written: {settings.out}/report.json, report.md, frontier.png", highlight=False)
     return report
