@@ -10,6 +10,7 @@ from .method import Composition, Method, Stage
 from .registry import register_adapter, register_method
 
 if TYPE_CHECKING:
+    from . import flex, quecc
     from .attach import Handle, compress, restore
     from .catalog import families, methods, support
     from .report import Report
@@ -26,7 +27,9 @@ __all__ = [
     "VisualTokens",
     "compress",
     "families",
+    "flex",
     "methods",
+    "quecc",
     "register_adapter",
     "register_method",
     "restore",
@@ -39,10 +42,15 @@ _LAZY = {
     "Report": "report", "VisualTokens": "tokens",
 }  # fmt: skip
 
+#: modules that are part of the public names, likewise
+_MODULES = ("flex", "quecc")
+
 
 def __getattr__(name: str) -> Any:
     if name == "methods":
         return import_module(".methods", __name__)  # the package of methods, which can be called
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name in _LAZY:
         value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
         return value
