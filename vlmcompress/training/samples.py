@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlmcompress.eval.tasks import load
 
+from .hires import HIRES, HIRES_WEIGHTS
 from .questions import KINDS, ask
 from .scenes import SceneConfig, make_scene
 
@@ -18,7 +19,7 @@ INDICES = (2, 5, 7)
 
 
 def main(folder: Path) -> None:
-    """Three scenes, a wide one, and two test images of easy-VQA, each with questions and answers."""
+    """Three scenes, a wide one, two for tiled models, and two test images of easy-VQA, with questions and answers."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
 
@@ -35,6 +36,10 @@ def main(folder: Path) -> None:
     wide.paste(scene.image, (32, 0))  # the processor cuts out the middle, which is the scene
     asked = ask(scene, np.random.default_rng((SEED, 11, 1)), 4, {"color": 1.0, "existence": 1.0})
     add("scene-wide.png", wide, [(qa.question, qa.answer) for qa in asked])
+    for n, config in enumerate(HIRES[:2]):
+        scene = make_scene(SEED, n, config)
+        asked = ask(scene, np.random.default_rng((SEED, n, 1)), len(KINDS), HIRES_WEIGHTS)
+        add(f"hires-{n + 1}.png", scene.image, [(qa.question, qa.answer) for qa in asked])
     samples = load("easy-vqa")
     for n, image_id in enumerate(("test-0-", "test-3-")):
         mine = [sample for sample in samples if sample.id.startswith(image_id)][:4]
