@@ -69,7 +69,11 @@ def evaluate(
         list[str] | None, typer.Option("--row", help="A further row, 'NAME OPTION=VALUE ...'; may be repeated.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated; NAME:QUESTIONS sets the number of one task.")
+        str,
+        typer.Option(
+            help="Comma-separated names of ours or of lmms-eval, see `vlmcompress tasks`; NAME:QUESTIONS sets the "
+            "number of one task."
+        ),
     ] = "scenes,easy-vqa",
     limit: Annotated[int, typer.Option(min=1, help="Questions per task, a fixed subset.")] = 400,
     full: Annotated[bool, typer.Option("--full", help="All questions.")] = False,
@@ -127,6 +131,16 @@ def report(
 
     for path in write(folders, out, model=model, samples=samples):
         typer.echo(f"Written: {path}")
+
+
+@app.command()
+def tasks(
+    folder: Annotated[bool, typer.Option("--folder", help="Only the folder for `lmms-eval --include_path`.")] = False,
+) -> None:
+    """List the tasks that `eval` measures accuracy on."""
+    from .commands.tasks import list_tasks
+
+    list_tasks(folder)
 
 
 @app.command()
