@@ -112,8 +112,10 @@ def from_tower(layout: Layout, tower: TowerState) -> Selection:
         counts = [ids.shape[1]] * len(layout) if valid is None else valid.sum(1).tolist()
         return Selection(ids, counts, owner=owner)
     alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=ids.device)
-    present = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    alive.scatter_(1, ids, present)
+    if valid is None:
+        alive.scatter_(1, ids, True)
+    else:  # padding may point anywhere
+        alive[torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[valid], ids[valid]] = True
     mask = layout.of_views(alive, fill=False)
     selection = Selection.from_mask(layout, layout.with_newlines(mask) if tower.newlines else mask)
     if tower.leading and len(layout.view_image) == len(layout):

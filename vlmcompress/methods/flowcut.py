@@ -124,6 +124,8 @@ class FlowCut(Method):
         return max((layer for layer in tower.global_layers if layer <= last), default=-1)
 
     def _whole_blocks(self, layer: TowerLayer) -> bool:
+        if layer.has_cls:
+            return True  # no released code joins the patches of such a tower
         return layer.whole_tokens if self.variant is None else self.variant == "aligned"
 
     def _cuts_inside(self, adapter: Adapter) -> bool:
