@@ -39,7 +39,7 @@ def test_keep_and_seeds_of_a_row():
     ],
 )
 def test_a_bad_row_is_refused_in_one_sentence(text, says):
-    with pytest.raises(ValueError, match="^[^\n]+$") as error:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         parse_row(text)
     assert says in str(error.value)
 
