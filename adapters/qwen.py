@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class QwenVLAdapter(Adapter):
     """Base of the adapters of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
     The tower takes the patches of all images as one sequence, without a CLS token, in an order in which the patches of
-    one later token follow each other; every image is a view (every frame of one, should it have several). The merger
+    one later token follow each other; every image is a view, as is every frame of a video (which shows two). The merger
     joins the patches of a block of 2 × 2 to one token. Position ids carry time, row and column, behind a row of plain
     text positions where ``generate`` made them; survivors keep theirs, and ``rope_deltas`` stay those of the full
     prompt, so that decoding goes on from where it would.
@@ -27,6 +27,7 @@ class QwenVLAdapter(Adapter):
     mrope = True
     packed_tower = True
     joins_patches = True
+    doors: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
 
     @property
     def tower(self) -> nn.Module:
@@ -97,8 +98,14 @@ class QwenVLAdapter(Adapter):
 
     # geometry ---------------------------------------------------------------------------------------------------
     def geometry(self, given: dict[str, Any]) -> Layout:
-        merge, device = self.tower.spatial_merge_size, given["pixel_values"].device
-        grids = [(t, h // merge, w // merge) for t, h, w in given["image_grid_thw"].tolist()]
+        return self._layout("image", given["image_grid_thw"], given["pixel_values"].device)
+
+    def video_geometry(self, given: dict[str, Any]) -> Layout:
+        return self._layout("video", given["video_grid_thw"], given["pixel_values_videos"].device)
+
+    def _layout(self, kind: str, grid_thw: LongTensor, device: torch.device) -> Layout:
+        merge = self.tower.spatial_merge_size
+        grids = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
         frames = torch.tensor([t for t, _, _ in grids])
         view_n = [h * w for t, h, w in grids for _ in range(t)]
         same = len({(h, w) for _, h, w in grids}) == 1
@@ -116,7 +123,7 @@ class QwenVLAdapter(Adapter):
             for x in (view, cell, row, col, [torch.ones_like(x, dtype=torch.bool) for x in cell])
         )
         return Layout(
-            n=[t * h * w for t, h, w in grids], grid=[(t * h, w) for t, h, w in grids], kind=["image"] * len(grids),
+            n=[t * h * w for t, h, w in grids], grid=[(t * h, w) for t, h, w in grids], kind=[kind] * len(grids),
             view=view, cell=cell, row=row, col=col, valid=valid,
             view_image=torch.arange(len(grids)).repeat_interleave(frames).to(device),
             view_grid=grids[0][1:] if same else (1, max(view_n)), view_n=None if same else view_n,

@@ -166,11 +166,11 @@ class ModelShape:
 
     def native_pairs(self, layout: Layout) -> list[list[float]]:
         """By vision layer: pairs of a query and a key of every view in a tower that no method touched."""
-        whole = [n * n for n in self.native_views(layout)]
+        whole = [float(n * n) for n in self.native_views(layout)]
         if layout.window is None:
             return [whole] * self.tower.layers
         cells = zip(layout.window.tolist(), layout.view_sizes, strict=True)
-        inside = [sum((c * self.group) ** 2 for c in Counter(row[:n]).values()) for row, n in cells]
+        inside = [float(sum((c * self.group) ** 2 for c in Counter(row[:n]).values())) for row, n in cells]
         return [inside if layer in self.windowed else whole for layer in range(self.tower.layers)]
 
 

@@ -182,13 +182,3 @@ def test_blocks_stay_whole_and_keep_their_place(model):
 def test_methods_that_cannot_serve_it(model, name, options, message):
     with pytest.raises(ValueError, match=message):
         vlmcompress.compress(model, name, **options)
-
-
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_videos_are_refused(model, call):
-    inputs = prompts_qwen([[5, (4, 6), 7]])
-    video = inputs["input_ids"] == IMAGE
-    inputs |= {"input_ids": inputs["input_ids"].masked_fill(video, VIDEO), "mm_token_type_ids": video.int() * 2}
-    inputs["pixel_values_videos"], inputs["video_grid_thw"] = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
-    with vlmcompress.compress(model, "grid", keep=5), pytest.raises(ValueError, match="Videos are not compressed"):
-        model(**inputs) if call == "forward" else model.generate(**inputs, **GREEDY)

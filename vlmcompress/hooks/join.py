@@ -61,6 +61,7 @@ def _layout(parts: list[Layout], order: list[int]) -> Layout:
     thumbnails = [
         torch.zeros_like(p.view_image, dtype=torch.bool) if p.thumbnail is None else p.thumbnail for p in parts
     ]
+    windows = [p.view_image.new_zeros(len(p.view_image), 1) if p.window is None else p.window for p in parts]
     sizes = [n for part in parts for n in part.view_sizes]
     same = len({part.view_grid for part in parts}) == 1 and all(part.view_n is None for part in parts)
     return Layout(
@@ -73,6 +74,7 @@ def _layout(parts: list[Layout], order: list[int]) -> Layout:
         sample=listed("sample"), column=table("column"), source=[source[i] for i in order],
         tiles=[tiles[i] for i in order] if any(part.tiles for part in parts) else [],
         thumbnail=torch.cat(thumbnails) if any(p.thumbnail is not None for p in parts) else None,
+        window=_stack(windows) if any(p.window is not None for p in parts) else None,
     )  # fmt: skip
 
 
