@@ -35,6 +35,8 @@ EXTRAS = {
     "vllm": "serve",
 }
 
+INTERRUPTED = 130
+
 Keep = Annotated[str, typer.Option(help="Visual tokens per image, or a share of them (0.25).")]
 
 
@@ -222,14 +224,15 @@ def main(args: Sequence[str] | None = None) -> Any:
     try:
         code = app(args, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("Interrupted; everything finished is kept.", file=sys.stderr)
-        sys.exit(130)
+        code = INTERRUPTED
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
             raise
         print(sentence, file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    if code == INTERRUPTED:  # newer versions of typer return it, older ones raise
+        print("Interrupted; everything finished is kept.", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
