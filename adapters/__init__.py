@@ -6,6 +6,8 @@ from . import (  # noqa: F401
     internvl,
     llava,
     llava_next,
+    llava_next_video,
+    llava_onevision,
     paligemma,
     qwen2_5_vl,
     qwen2_vl,

@@ -31,9 +31,9 @@ class LlavaNextAdapter(Adapter):
     def geometry(self, given: dict[str, Any]) -> Layout:
         sizes, device = given["image_sizes"], given["pixel_values"].device
         sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else [list(size) for size in sizes]
-        tiles = [self._tiles(size) for size in sizes]
+        _, tiles = self._cut(given)
         views = [1 + rows * cols for rows, cols in tiles]
-        side = self.tower.config.image_size // self.tower.config.patch_size
+        side = self._side
         cells = side * side
         # the model packs the numbers of the cells as it will pack their features: its own order, unpadding included
         numbers = torch.arange(sum(views) * cells, dtype=torch.float64).view(-1, cells, 1)
@@ -53,7 +53,7 @@ class LlavaNextAdapter(Adapter):
             width = (n - cells) // height - 1 if height else 0
             # of a sliver of an image nothing may be left but its thumbnail, which is then the picture
             grid.append((height, width) if height * width else (max(height, side), side))
-            row[i, :n], col[i, :n] = _places(side, height, width, grid[-1])
+            row[i, :n], col[i, :n] = places(side, height, width, grid[-1])
         first = torch.tensor(views).cumsum(0) - torch.tensor(views)
         thumbnail = torch.zeros(sum(views), dtype=torch.bool).index_fill(0, first, True)
         owner = torch.arange(len(views)).repeat_interleave(torch.tensor(views))
@@ -63,21 +63,31 @@ class LlavaNextAdapter(Adapter):
             view_grid=(side, side), tiles=tiles, thumbnail=thumbnail.to(device),
         )  # fmt: skip
 
-    def _tiles(self, size: list[int]) -> tuple[int, int]:
-        """(rows, columns) of the crops that an image of ``size`` (height, width) pixels is cut into."""
-        config = self.model.config
-        return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    @property
+    def _side(self) -> int:
+        """Patches along the edge of a view."""
+        return self.tower.config.image_size // self.tower.config.patch_size
+
+    def _cut(self, given: dict[str, Any]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Size (height, width) in pixels of every image, and the (rows, columns) of the crops that it is cut into."""
+        sizes, config = torch.as_tensor(given["image_sizes"]).tolist(), self.model.config
+        edge = config.vision_config.image_size
+        return sizes, [get_anyres_image_grid_shape(size, config.image_grid_pinpoints, edge) for size in sizes]
 
     def pixels(self, given: dict[str, Any]) -> Tensor | None:
         """[V, 3, H, W]: the views of all images; padding views of images with fewer crops left out."""
-        pixels = given["pixel_values"]
-        if pixels.ndim == 4:
+        pixels = super().pixels(given)
+        if pixels is None or pixels.ndim == 4:
             return pixels
-        counts = [1 + rows * cols for rows, cols in map(self._tiles, torch.as_tensor(given["image_sizes"]).tolist())]
+        counts = [1 + rows * cols for rows, cols in self._cut(given)[1]]
         return torch.cat([image[:n] for image, n in zip(pixels, counts, strict=True)])
 
     def check_method(self, method) -> None:
         super().check_method(method)
+        self.check_strategy()
+
+    def check_strategy(self) -> None:
+        """Raise ``ValueError`` when the model feeds other rows of its tower than its patches."""
         if self.model.config.vision_feature_select_strategy != "default":
             raise ValueError(
                 "This LLaVA-NeXT feeds the CLS token to the language model (vision_feature_select_strategy='full'), "
@@ -85,7 +95,7 @@ class LlavaNextAdapter(Adapter):
             )
 
 
-def _places(side: int, height: int, width: int, grid: tuple[int, int]) -> tuple[LongTensor, LongTensor]:
+def places(side: int, height: int, width: int, grid: tuple[int, int]) -> tuple[LongTensor, LongTensor]:
     """Row and column in the picture ``grid`` of every token of one image: thumbnail, then rows of cells and newline."""
     row, col = (((torch.arange(side) * 2 + 1) * length) // (2 * side) for length in grid)
     thumbnail = row.repeat_interleave(side), col.repeat(side)

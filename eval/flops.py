@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..tokens import Layout, VisualTokens
+    from ..tokens import ImageRecord, Layout, VisualTokens
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
 GATED_TEXT = (
@@ -34,7 +34,7 @@ GATED_TEXT = (
     "qwen3_vl_text",
 )  # fmt: skip
 #: families of one plain tower per view and a projector of two linear layers
-LLAVA_LIKE = ("llava", "llava_next")
+LLAVA_LIKE = ("llava", "llava_next", "llava_next_video", "llava_onevision")
 #: families of one plain tower per view whose projector joins or averages blocks of patches, or is a single linear layer
 OTHER_PLAIN = ("gemma3", "idefics3", "internvl", "paligemma", "smolvlm")
 #: families of one tower for views of any size, whose projector joins blocks of patches
@@ -320,21 +320,31 @@ def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
         pairs = [[n * n for n in row] for row in layers] if ledger.tower_tokens else shape.native_pairs(layout)
     found = []
     for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(ledger), strict=True)):
-        own = [image for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
+        own = [(i, image) for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
         found.append(
             Profile(
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
                 **_tower_sums(layers, pairs, mine),
-                projected=sum(
-                    image.n_original if shape.whole_projector else int((~image.is_newline[image.kept]).sum())
-                    for image in own
-                )
+                projected=sum(_projected(shape, layout, i, image) for i, image in own)
                 + _side_tokens(shape, layers, mine),
                 compressor=ledger.compressor_flops / len(samples),
             )
         )
     return found
+
+
+def _projected(shape: ModelShape, layout: Layout, number: int, image: ImageRecord) -> int:
+    """Rows that the projector takes of one image or video: all, where the model pools behind it, or the chosen ones."""
+    if shape.whole_projector:
+        return image.n_original
+    owners = layout.view_image.tolist()
+    if layout.projected and (
+        whole := sum(n for n, i in zip(layout.projected, owners, strict=True) if i == layout.source[number])
+    ):
+        return whole
+    return int((~image.is_newline[image.kept]).sum())
+
 
 
 def _images_of(layout: Layout, row: int) -> list[int]:
@@ -393,7 +403,8 @@ def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """What the same samples cost when every token of theirs goes all the way."""
     native = shape.native_views(ledger.layout)
     layers, pairs = [list(map(float, native))] * shape.tower.layers, shape.native_pairs(ledger.layout)
-    views = _views_of_samples(ledger)
+    views, sizes = _views_of_samples(ledger), ledger.layout.view_sizes
+    rows = [whole or n for whole, n in zip(ledger.layout.projected or [0] * len(sizes), sizes, strict=True)]
     found = []
     for sample, mine in zip(ledger.samples, views, strict=True):
         n = sum(image.n_original for image in sample.images)
@@ -402,7 +413,7 @@ def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
                 visual=(n,) * ledger.n_layers,
                 text=sample.text_tokens,
                 **_tower_sums(layers, pairs, mine),
-                projected=sum((native[v] - shape.tower_prefix) / shape.group for v in mine)
+                projected=sum(rows[v] for v in mine)
                 + _side_tokens(shape, layers, mine),
             )
         )

@@ -8,7 +8,7 @@ counts tokens a second way. All tensors stay on the model's device until somebod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Layout:
     within its view in the order in which the tower takes them.
 
     ``closing_newline``: one newline ends each video (or image that is not tiled). ``pooling``: how the model pools the
-    patches of its tower into the cells of this layout, where it does.
+    patches of its tower into the cells of this layout, where it does; ``projected[v]`` is then how many rows of view v
+    pass the projector whatever is chosen (0 or None: only what is chosen).
 
     A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
     position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
@@ -66,6 +67,7 @@ class Layout:
     window: LongTensor | None = None
     pooling: Pooling | None = None
     closing_newline: bool = False
+    projected: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.n)
@@ -102,6 +104,11 @@ class Layout:
     def view_sizes(self) -> list[int]:
         """Number of cells of every view."""
         return self.view_n or [self.view_grid[0] * self.view_grid[1]] * len(self.view_image)
+
+    @property
+    def by_views(self) -> bool:
+        """Whether an image's crops, or a video's frames, are rectangles of one kind of grid, to be treated one by one."""
+        return self.thumbnail is not None or ("video" in self.kind and self.view_n is None)
 
     @property
     def one_view(self) -> bool:
@@ -158,12 +165,11 @@ class Layout:
         pick = torch.tensor(source, device=self.cell.device)
         n = [self.n[i] for i in source]
         columns = placeholders.nonzero()[:, 1].split(n)
-        return Layout(
-            n, [self.grid[i] for i in source], [self.kind[i] for i in source], self.view[pick], self.cell[pick],
-            self.row[pick], self.col[pick], self.valid[pick], self.view_image, self.view_grid, sample,
-            torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source,
-            [self.tiles[i] for i in source] if self.tiles else [], self.thumbnail, self.view_n, self.window,
-            self.pooling, self.closing_newline,
+        return replace(
+            self, n=n, grid=[self.grid[i] for i in source], kind=[self.kind[i] for i in source], view=self.view[pick],
+            cell=self.cell[pick], row=self.row[pick], col=self.col[pick], valid=self.valid[pick], sample=sample,
+            column=torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True), source=source,
+            tiles=[self.tiles[i] for i in source] if self.tiles else [],
         )  # fmt: skip
 
 

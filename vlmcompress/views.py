@@ -90,6 +90,21 @@ class TowerLayer:
             return self.layout.pooling(per_patch)
         return per_patch if self.group == 1 else per_patch.unflatten(1, (-1, self.group)).sum(-1)
 
+    @property
+    def token_ids(self) -> LongTensor:
+        """[V, m] original cell of every token that the patches make up, whole tokens standing together."""
+        if self.layout.pooling is not None:
+            cells = self.layout.view_grid[0] * self.layout.view_grid[1]
+            return torch.arange(cells, device=self.ids.device).expand(len(self.ids), -1)
+        return self.ids[:, :: self.group] // self.group
+
+    @property
+    def token_valid(self) -> Tensor | None:
+        """[V, m] bool or None: which of them are real."""
+        if self.layout.pooling is not None:
+            return self.layout.to_views(self.layout.patch, fill=False)
+        return None if self.valid is None else self.valid[:, :: self.group]
+
     def cls_row(self) -> Tensor:
         """[V, n] fp32: mean over heads of the softmax of the CLS query over all keys; the CLS column dropped."""
         return attention_row(self.q[:, :, 0], self.k, self.scale, self.bias).mean(1)[:, self.prefix :]

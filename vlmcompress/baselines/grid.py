@@ -44,7 +44,7 @@ class Grid(_KeepOnly):
     """Keep tokens at even distances: a rectangle of rows and columns, topped up evenly along the raster.
 
     Tiled images: so in every view, on what is left of it without padding; the newlines of rows that keep a patch come
-    on top of ``keep``.
+    on top of ``keep``. Videos: so in every frame.
 
     Args:
         keep: visual tokens per image, or their share.
@@ -54,7 +54,7 @@ class Grid(_KeepOnly):
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
-        if tokens.layout.thumbnail is not None:
+        if tokens.layout.by_views:
             views, budgets = tokens.view_cells().cpu(), tokens.view_budgets(self.keep)
             mask = torch.zeros_like(views)
             for v, (cells, (rows, cols)) in enumerate(rectangles(views, tokens.layout.view_grid[1])):
@@ -81,7 +81,7 @@ class Pool(_KeepOnly):
 
     The count is the largest rectangle of rows and columns that the budget holds (48 of 12 × 12 is 6 × 8). A pooled
     token takes the place of the token under its centre. Tiled images: so in every view, on what is left of it without
-    padding; the newlines of rows that keep a token come on top of ``keep``.
+    padding; the newlines of rows that keep a token come on top of ``keep``. Videos: so in every frame.
 
     Args:
         keep: visual tokens per image, or their share.
@@ -93,7 +93,7 @@ class Pool(_KeepOnly):
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
         layout = tokens.layout
         state["flops"] = tokens.features.numel()
-        if layout.thumbnail is not None:
+        if layout.by_views:
             budgets = tokens.view_budgets(self.keep)
             return pooled_views(
                 tokens, lambda v, rows, cols: fit_grid(budgets[v], rows, cols) if budgets[v] else (0, 0)

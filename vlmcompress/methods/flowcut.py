@@ -21,7 +21,7 @@ from ..ops.scores import attention_row
 from ..ops.select import top_mask
 from ..registry import register_method
 from ..tokens import Layout
-from ..views import Cut, PrefillLayer, TowerEdit, TowerLayer
+from ..views import Cut, EntryTokens, PrefillLayer, Selection, TowerEdit, TowerLayer
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
@@ -38,6 +38,9 @@ class FlowCut(Method):
 
     Tiled images and towers without a CLS token stop at about twice the budget, and a second cut, behind decoder layer
     ``llm_layer``, goes down to it by the same score with the last prompt token in the place of CLS.
+
+    Where a model pools patches before they become tokens (frames of a video, a picture that is resized), nothing is cut
+    in the tower: the pooled score of its last layer chooses among the tokens, down to the same number (ours).
 
     Towers without a CLS token take the mean query in its place and run through to their last layer. Where the projector
     joins blocks of patches to tokens, ``variant`` decides what becomes of the blocks. Where some layers attend inside
@@ -136,6 +139,9 @@ class FlowCut(Method):
         return range(self._last_cut(adapter) + 1)
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
+        if layer.layout.pooling is not None:
+            self._score_pooled(layer, state)
+            return None
         counts: list[int] = state.setdefault("counts", [n * layer.group for n in layer.layout.view_sizes])
         targets = state.setdefault("targets", [n * layer.group for n in self._targets(layer.layout, layer.has_cls)])
         if all(n <= t for n, t in zip(counts, targets, strict=True)):
@@ -162,6 +168,25 @@ class FlowCut(Method):
         state["running"] = running.gather(1, keep)
         leading = block < layer.group
         return TowerEdit(keep, valid=real_places(new, keep), newlines=False, leading=leading)
+
+    def _score_pooled(self, layer: TowerLayer, state: dict) -> None:
+        """The running score alone, for patches that the model pools before they become tokens."""
+        _, score = self._score(layer)
+        state["running"] = score if "running" not in state else torch.lerp(score, state["running"], self.history)
+        state["flops"] = state.get("flops", 0) + 4 * layer.v.numel()
+        state["has_cls"] = layer.has_cls
+        state["scores"] = layer.layout.of_views(layer.per_token(state["running"]), fill=float("-inf"))
+
+    def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
+        """Where patches are pooled: what the tower would otherwise have cut goes in front of the language model."""
+        layout = tokens.layout
+        if layout.pooling is None or all(everything for _, everything in self._budgets(layout)):
+            return None
+        present = tokens.view_cells()
+        goals, caps = self._targets(layout, state["has_cls"]), present.sum(1).tolist()
+        scores = layout.to_views(state["scores"], fill=float("-inf"))
+        best = top_mask(scores, [min(goal, cap) for goal, cap in zip(goals, caps, strict=True)])
+        return tokens.select_mask(tokens.of_views(best & present, fill=False), newlines=False)
 
     def _score(self, layer: TowerLayer) -> tuple[Tensor, Tensor]:
         """Attention of the global token and the score of this layer, [V, n] fp32 each."""

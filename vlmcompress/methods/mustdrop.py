@@ -172,8 +172,7 @@ class MustDrop(Method):
         else:
             row, queries = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid), layer.n
         state["flops"] = state.get("flops", 0) + 2 * queries * layer.k.numel()
-        row, ids = layer.per_token(row), layer.ids[:, :: layer.group] // layer.group
-        valid = None if layer.valid is None else layer.valid[:, :: layer.group]
+        row, ids, valid = layer.per_token(row), layer.token_ids, layer.token_valid
         present = [row.shape[1]] * len(row) if valid is None else valid.sum(1).tolist()
         if valid is not None:
             row = row.masked_fill(~valid, float("-inf"))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class Pooling:
     weight: Tensor
     patches: int
     behind_projector: bool
+
+    def to(self, device: torch.device) -> Pooling:
+        return replace(self, patch=self.patch.to(device), weight=self.weight.to(device))
 
     def __call__(self, per_patch: Tensor) -> Tensor:
         """[V, patches] or [V, patches, C] → [V, N] or [V, N, C], fp32 sums in the input's dtype."""
