@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,7 +24,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     is averaged over the square that makes up a row, also where the model takes the maximum or a convolution.
     """
 
-    doors = {"image": "get_image_features", "video": "get_video_features"}
+    doors: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
 
     def video_geometry(self, given: dict[str, Any]) -> Layout:
         videos, frames = given["pixel_values_videos"].shape[:2]

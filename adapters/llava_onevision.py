@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
 from ..dtypes import LongTensor
@@ -29,12 +28,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     closes the video. What is resized is scored by the same resizing of what the tower gives to patches.
     """
 
-    doors = {"image": "get_image_features", "video": "get_video_features"}
+    doors: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
 
     def geometry(self, given: dict[str, Any]) -> Layout:
         device, side = given["pixel_values"].device, self._side
         limit = given.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
-        most = int(limit.strip("anyres_max_"))
+        most = int(limit.removeprefix("anyres_max_"))
         images = [_Image(size, tiles, side, most) for size, tiles in zip(*self._cut(given), strict=True)]
         first = torch.tensor([0, *(image.views for image in images)]).cumsum(0).tolist()
         padded = torch.nn.utils.rnn.pad_sequence
@@ -136,12 +135,11 @@ def _pooling(images: list[_Image], first: list[int], side: int) -> Pooling:
         there = slice((view + 1) * patches, (view + image.views) * patches)
         patch[there], weight[there] = 0, 0.0
         height, width = image.numbers.shape
-        taps, share = outer_taps(
-            bilinear_taps(height, image.grid[0]), bilinear_taps(width, image.grid[1]), width
-        )
+        taps, share = outer_taps(bilinear_taps(height, image.grid[0]), bilinear_taps(width, image.grid[1]), width)
         crop = image.view > 0
         target = (image.view[crop] + view) * patches + image.cell[crop]
         patch[target] = image.numbers.flatten()[taps] + view * patches
         weight[target] = share
     shape = first[-1], patches, 4
-    return Pooling(patch.view(shape), weight.view(shape), patches, behind_projector=True)
+    everywhere = all(image.resized for image in images)
+    return Pooling(patch.view(shape), weight.view(shape), patches, behind_projector=True, everywhere=everywhere)

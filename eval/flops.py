@@ -346,7 +346,6 @@ def _projected(shape: ModelShape, layout: Layout, number: int, image: ImageRecor
     return int((~image.is_newline[image.kept]).sum())
 
 
-
 def _images_of(layout: Layout, row: int) -> list[int]:
     return [i for i, sample in enumerate(layout.sample) if sample == row]
 
@@ -413,8 +412,7 @@ def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
                 visual=(n,) * ledger.n_layers,
                 text=sample.text_tokens,
                 **_tower_sums(layers, pairs, mine),
-                projected=sum(rows[v] for v in mine)
-                + _side_tokens(shape, layers, mine),
+                projected=sum(rows[v] for v in mine) + _side_tokens(shape, layers, mine),
             )
         )
     return found

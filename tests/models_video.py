@@ -39,7 +39,9 @@ def tiny_onevision(attention: str = "sdpa", seed: int = 0, side: int = 6) -> Lla
     return _ready(LlavaOnevisionForConditionalGeneration(config), attention)
 
 
-def tiny_next_video(attention: str = "sdpa", seed: int = 0, mode: str = "average") -> LlavaNextVideoForConditionalGeneration:
+def tiny_next_video(
+    attention: str = "sdpa", seed: int = 0, mode: str = "average"
+) -> LlavaNextVideoForConditionalGeneration:
     """LLaVA-NeXT-Video with a 4-layer CLIP tower on views of 6 × 6 patches, pooled to 3 × 3 in videos."""
     torch.manual_seed(seed)
     config = LlavaNextVideoConfig(

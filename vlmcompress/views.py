@@ -102,7 +102,7 @@ class TowerLayer:
     def token_valid(self) -> Tensor | None:
         """[V, m] bool or None: which of them are real."""
         if self.layout.pooling is not None:
-            return self.layout.to_views(self.layout.patch, fill=False)
+            return self.layout.pooling.weight.sum(-1) > 0
         return None if self.valid is None else self.valid[:, :: self.group]
 
     def cls_row(self) -> Tensor:

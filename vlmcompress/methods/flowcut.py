@@ -171,6 +171,13 @@ class FlowCut(Method):
 
     def _score_pooled(self, layer: TowerLayer, state: dict) -> None:
         """The running score alone, for patches that the model pools before they become tokens."""
+        if all(everything for _, everything in self._budgets(layer.layout)):
+            return
+        if not layer.layout.pooling.everywhere:
+            raise ValueError(
+                "This batch has pictures that the model resizes behind its projector and others that it does not; "
+                "'flowcut' cuts these in the tower and those behind it, so run them one by one."
+            )
         _, score = self._score(layer)
         state["running"] = score if "running" not in state else torch.lerp(score, state["running"], self.history)
         state["flops"] = state.get("flops", 0) + 4 * layer.v.numel()
@@ -183,7 +190,14 @@ class FlowCut(Method):
         if layout.pooling is None or all(everything for _, everything in self._budgets(layout)):
             return None
         present = tokens.view_cells()
-        goals, caps = self._targets(layout, state["has_cls"]), present.sum(1).tolist()
+        if layout.thumbnail is not None:
+            goals = self._targets(layout, state["has_cls"])
+        else:
+            times = 1 if state["has_cls"] or self.llm_layer is None else 2
+            goals = tokens.view_budgets(
+                self.keep * times if isinstance(self.keep, int) else min(1.0, self.keep * times)
+            )
+        caps = present.sum(1).tolist()
         scores = layout.to_views(state["scores"], fill=float("-inf"))
         best = top_mask(scores, [min(goal, cap) for goal, cap in zip(goals, caps, strict=True)])
         return tokens.select_mask(tokens.of_views(best & present, fill=False), newlines=False)

@@ -17,13 +17,15 @@ class Pooling:
 
     ``patch`` [V, N, K]: their numbers, counted through all views of a pass; ``weight`` [V, N, K] fp32, zero where a cell
     has fewer (or does not exist). ``patches``: number of a view's patches in the tower. ``behind_projector``: the model
-    pools what the projector has made of the patches (True) or what the projector takes (False).
+    pools what the projector has made of the patches (True) or what the projector takes (False). ``everywhere``: False when
+    some of the images of the pass are not pooled.
     """
 
     patch: LongTensor
     weight: Tensor
     patches: int
     behind_projector: bool
+    everywhere: bool = True
 
     def to(self, device: torch.device) -> Pooling:
         return replace(self, patch=self.patch.to(device), weight=self.weight.to(device))
