@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .adapters.base import PIXELS, Adapter, adapter_for
 from .compat import cache_of
@@ -144,6 +144,16 @@ class Handle:
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prefill; prints as a table. Raises ``ValueError`` before there was one."""
         return Report.from_ledger(self.model.config, self.last, dtype=self.model.dtype)
+
+    def cache_entries(self, cache: Cache) -> list[tuple[float, float]]:
+        """Entries of visual tokens and of text in ``cache``, per decoder layer: as it is now, while or after generating.
+
+        Summed over the batch and averaged over heads. ``cache``: what the model returned. Raises ``ValueError`` for a
+        cache that no method on this model has worked on.
+        """
+        if not managed(cache) or not self._cache:
+            raise ValueError("No method that acts on the cache has worked on this one.")
+        return [(float(visual.sum()), float(text.sum())) for visual, text in (x.by_modality() for x in cache.layers)]
 
     # taking off -------------------------------------------------------------------------------------------------
     def remove(self) -> None:
@@ -379,6 +389,8 @@ class Handle:
             if run.layout is not None:
                 settle(run, self._cache, self.adapter, self._policies)
             run.cache_lengths = [layer.stored for layer in run.cache.layers]
+            if run.layout is not None and self._cache:
+                run.cache_modality = [layer.by_modality() for layer in run.cache.layers]
         if run.layout is not None:
             self._last = run.ledger(len(self.adapter.decoder_layers))
             labels = getattr(self._local, "labels", None)

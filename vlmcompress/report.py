@@ -22,7 +22,8 @@ class Report:
     ``layer_tokens[l]``: visual tokens that decoder layer l processed. ``flops`` and ``flops_before``: by convention
     (``macs``, ``flops``, ``full``; see ``vlmcompress.eval.flops``). ``compressor_flops``: the method's own, contained
     in ``flops``. ``kv_bytes``: keys and values that the prefill left behind, text included. ``note``: why ``flops`` is
-    empty, for a model whose FLOPs are not known.
+    empty, for a model whose FLOPs are not known. ``kv_visual``, ``kv_text``: cache entries of either kind, averaged over
+    heads and layers, where a method acts on the cache.
     """
 
     samples: int
@@ -37,6 +38,8 @@ class Report:
     kv_bytes_before: float
     kv_bytes: float
     note: str = ""
+    kv_visual: float | None = None
+    kv_text: float | None = None
 
     @classmethod
     def from_ledger(cls, config: Any, ledger: VisualTokens | None, *, dtype: torch.dtype | None = None) -> Report:
@@ -67,6 +70,7 @@ class Report:
             kv_bytes_before=(tokens_before + text) * ledger.n_layers * size,
             kv_bytes=sum(entries) * size,
             note=note,
+            **_modality(ledger),
         )
 
     @property
@@ -93,6 +97,9 @@ class Report:
             if self.flops:
                 rows.append((label, self.flops_before[name] / 1e9, self.flops[name] / 1e9, ",.4g"))
         rows.append(("KV cache, KiB", self.kv_bytes_before / 1024, self.kv_bytes / 1024, ",.0f"))
+        if self.kv_visual is not None and self.kv_text is not None:
+            rows.append(("cache entries of visual tokens", self.tokens_before, self.kv_visual, ",.1f"))
+            rows.append(("cache entries of text", self.text_tokens, self.kv_text, ",.1f"))
         for label, before, after, form in rows:
             share = f"{after / before:.1%}" if before else "–"
             table.add_row(label, f"{before:{form}}", f"{after:{form}}", share)
@@ -121,6 +128,15 @@ def _flops(config: Any, ledger: VisualTokens) -> tuple[dict[str, float], dict[st
         return {name: sum(count(shape, p) for p in profiles) for name, count in counter.CONVENTIONS.items()}
 
     return summed(after), summed(before), ""
+
+
+def _modality(ledger: VisualTokens) -> dict[str, float]:
+    """Cache entries by modality, layer averages summed over the batch."""
+    layers = ledger.cache_modality
+    if layers is None:
+        return {}
+    visual, text = (sum(float(layer[kind].sum()) for layer in layers) / len(layers) for kind in (0, 1))
+    return {"kv_visual": visual, "kv_text": text}
 
 
 def _bytes_per_number(dtype: torch.dtype | str | None) -> int:

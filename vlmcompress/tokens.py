@@ -398,6 +398,9 @@ class VisualTokens:
     compressor_flops: int = 0
     #: entries of each decoder layer's cache after the prefill, per head where heads differ; None without a cache
     cache_lengths: list[int] | None = None
+    #: per decoder layer ([B], [B]): entries of visual tokens and of text after the prefill, averaged over heads; only
+    #: where a method acts on the cache
+    cache_modality: list[tuple[Tensor, Tensor]] | None = None
 
     def frame_at(self, layer: int) -> Frame:
         if not 0 <= layer < self.n_layers:

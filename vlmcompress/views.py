@@ -404,7 +404,7 @@ class CacheLayer:
         return per_head if self.groups == 1 else per_head.unflatten(1, (-1, self.groups)).sum(2)
 
     def new_keys_unrotated(self) -> Tensor:
-        """[B, H_kv, new, d] fp32 keys of the new tokens before the rotary embedding."""
+        """[B, H_kv, new, d] keys of the new tokens before the rotary embedding."""
         return self._unrotated()
 
 

@@ -44,6 +44,15 @@ class _Logical:
             return self.valid
         return ~self.hidden if self.valid is None else self.valid & ~self.hidden
 
+    def by_modality(self) -> tuple[Tensor, Tensor]:
+        """([B], [B]) fp32: real entries of visual tokens and of text, averaged over heads."""
+        visual = self.books.get("visual")
+        real = torch.ones(*self.keys.shape[:3], device=self.keys.device)
+        if self.valid is not None:
+            real = real * self.valid
+        seen = torch.zeros_like(real) if visual is None else real * visual
+        return seen.sum(2).mean(1), (real - seen).sum(2).mean(1)
+
     def commit(self, frame: Frame, columns: int, modality: bool = False) -> None:
         """Enter in the books that ``columns`` tokens of the caller came in as the slots of ``frame``.
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
-from ..ops.rope import rotate
 from ..ops.scores import causal_logits
 from ..views import AttendLayer, CacheLayer, Eviction
-from .attention import queries
+from .attention import keys, queries
 from .cache import PrunableLayer, picks
 from .decoder import shifted
 from .run import Run
@@ -71,15 +70,14 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
             picked = inputs.gather(1, at.expand(-1, -1, inputs.shape[-1]))
             tables = tuple(t.gather(1, at.expand(-1, -1, t.shape[-1])) for t in (cos, sin))
         seen_up_to = torch.where(rows < 0, -1, rows + store.stored - new)
-        seen, keys = store.visible, store.keys
+        seen, held = store.visible, store.keys
         if upto is not None:
-            keys, seen = keys[:, :, :upto], None if seen is None else seen[..., :upto]
-        return causal_logits(queries(layer, picked, tables), keys, seen_up_to, layer.self_attn.scaling, seen)
+            held, seen = held[:, :, :upto], None if seen is None else seen[..., :upto]
+        return causal_logits(queries(layer, picked, tables), held, seen_up_to, layer.self_attn.scaling, seen)
 
     def unrotated() -> Tensor:
-        # tables may be scaled (yarn), so the inverse divides by their squared length
-        length = cos.square() + sin.square()
-        return rotate(store.keys[:, :, -new:].float(), (cos / length).float(), (-sin / length).float())
+        # projected anew: turning the cached keys back would leave equal tokens with keys that differ in the last bits
+        return keys(layer, inputs, (torch.ones_like(cos), torch.zeros_like(sin)))
 
     attention = layer.self_attn
     heads = attention.q_proj.out_features // attention.k_proj.out_features

@@ -102,6 +102,7 @@ class Run:
     evicted: set[int] = field(default_factory=set)
     layer_inputs: dict[int, tuple] = field(default_factory=dict)
     cache_lengths: list[int] | None = None
+    cache_modality: list[tuple[Tensor, Tensor]] | None = None
     #: what is added to visual tokens behind the first decoder layers: row of each column [B, S] and per layer the rows
     injected: tuple[LongTensor, list[Tensor]] | None = None
 
@@ -161,6 +162,7 @@ class Run:
             positions=self.entry_positions,
             compressor_flops=int(sum(s.get("flops", 0) for s in states)),
             cache_lengths=self.cache_lengths,
+            cache_modality=self.cache_modality,
         )
 
 

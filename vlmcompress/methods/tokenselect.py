@@ -70,7 +70,7 @@ class TokenSelect(Method):
 
     def cache(self, layer: CacheLayer, state: dict) -> Eviction | None:
         if self.vote == "unrotated":
-            plain = layer.new_keys_unrotated().to(layer.keys.dtype)
+            plain = layer.new_keys_unrotated()
             older = layer.books.get("plain", plain[:, :, :0])[:, :, : layer.keys.shape[2] - layer.new]
             layer.books["plain"] = torch.cat([older, plain], dim=2)
         return None
@@ -85,7 +85,7 @@ class TokenSelect(Method):
         places = _places(n, valid, layer.keys.device)
         # [B, 1] where the local window begins
         window = places[:, -1:] + 1 - self.local + (new if layer.new_valid is None else layer.new_valid.sum(1)[:, None])
-        middle = (places >= self.sinks) & (places < window)
+        middle = ((places >= self.sinks) & (places < window)).expand(len(layer.keys), -1)
         if valid is not None:
             middle &= valid[:, 0]
         chosen = self._choose(layer, query, middle)
@@ -113,7 +113,7 @@ class TokenSelect(Method):
         hit = None
         if self.reuse is not None and "query" in memory:
             cosine = torch.nn.functional.cosine_similarity(query.flatten(1), memory["query"].flatten(1), dim=-1)
-            hit = cosine >= self.reuse
+            hit = (cosine >= self.reuse) & memory["voted"]
             if bool(hit.all()):
                 return books["chosen"][:, 0]
         keys = books["plain"] if self.vote == "unrotated" else layer.keys
@@ -125,6 +125,8 @@ class TokenSelect(Method):
             query = torch.where(hit.view(-1, 1, 1), memory["query"], query)
         if self.reuse is not None:
             memory["query"], books["chosen"] = query, chosen[:, None]
+            # a row that still sees everything has not voted yet
+            memory["voted"] = middle.sum(1) > self.select
         return chosen
 
 
