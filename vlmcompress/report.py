@@ -40,6 +40,7 @@ class Report:
     note: str = ""
     kv_visual: float | None = None
     kv_text: float | None = None
+    videos: int = 0
 
     @classmethod
     def from_ledger(cls, config: Any, ledger: VisualTokens | None, *, dtype: torch.dtype | None = None) -> Report:
@@ -59,7 +60,8 @@ class Report:
         entries = [sum(layer) for layer in zip(*counter.cache_entries(ledger), strict=True)]
         return cls(
             samples=len(samples),
-            images=len(images),
+            images=sum(image.kind == "image" for image in images),
+            videos=sum(image.kind == "video" for image in images),
             text_tokens=text,
             tokens_before=tokens_before,
             tokens=sum(len(image.kept) for image in images),
@@ -86,7 +88,8 @@ class Report:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(title=f"{self.samples} prompt(s), {self.images} image(s), {self.text_tokens} text tokens")
+        seen = [f"{n} {kind}(s), " for n, kind in ((self.images, "image"), (self.videos, "video")) if n]
+        table = Table(title=f"{self.samples} prompt(s), {''.join(seen)}{self.text_tokens} text tokens")
         for column in ("", "uncompressed", "compressed", "share"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         rows: list[tuple[str, float, float, str]] = [

@@ -268,4 +268,5 @@ def test_flops_agree_with_torch(family):
         (profile,) = profiles(shape, handle.last)
         method = profile.compressor
         assert full(shape, profile) - method == pytest.approx(counter.get_total_flops() - method, rel=0.03)
+        assert "1 image(s), 1 video(s)," in str(handle.report())
         assert full(shape, uncompressed(shape, handle.last)[0]) == pytest.approx(stock.get_total_flops(), rel=0.01)
