@@ -148,7 +148,7 @@ def test_flops_agree_with_torch(kind, name):
     assert (inputs["input_ids"] == IMAGE).sum() == report.tokens_before
     assert report.flops["full"] == pytest.approx(counter.get_total_flops(), rel=0.005)
     if name == "none":
-        assert report.flops_before["full"] == counter.get_total_flops()
+        assert report.flops_before["full"] == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 @torch.no_grad()
