@@ -57,6 +57,23 @@ def milliseconds(run: Callable[[], object], device: torch.device | str = "cpu") 
     return (time.perf_counter() - begin) * 1e3
 
 
+def clock(device: torch.device | str = "cpu") -> Callable[[], float]:
+    """What tells milliseconds between two moments of a run.
+
+    With one CPU thread it is the processor time of this process, which other processes on the machine do not disturb;
+    with several, and on a GPU (whose work it waits for), the time of day.
+    """
+    if torch.device(device).type == "cuda":
+
+        def after_device_work() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter() * 1e3
+
+        return after_device_work
+    read = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    return lambda: read() * 1e3
+
+
 def interleaved(
     cases: Mapping[str, Callable[[], float]],
     *,

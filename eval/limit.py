@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .latency import Timing, interleaved, refuse_zeros, tensor_shapes
+from .latency import Timing, clock, interleaved, refuse_zeros, tensor_shapes
 
 #: a 336 px picture and 60 text tokens
 TEXT_TOKENS, IMAGE_TOKEN = 60, 32000
@@ -75,18 +75,15 @@ class _Marks:
 def timed_method(method: Any, device: str) -> tuple[Any, dict[str, list[float]]]:
     """The same method with a clock around what it computes; per stage the milliseconds of every call are collected."""
     spent: dict[str, list[float]] = {name: [] for name in ("tower", "entry", "prefill", "cache")}
+    now = clock(device)
 
     def clocked(name: str) -> Callable:
         original = getattr(type(method), name)
 
         def call(self, *args):
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = now()
             out = original(self, *args)
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            spent[name].append((time.perf_counter() - begin) * 1e3)
+            spent[name].append(now() - begin)
             return out
 
         return call

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods beside the uncompressed model on one prompt: the clock against what the FLOPs promise, and what the parts cost.
 
-Everything is a ratio of runs that alternate in one process. Weights are random, for latency does not depend on them; the
-pictures are noise, never zeros.
+Everything is a ratio of runs that alternate in one process (:func:`~vlmcompress.eval.latency.clock` says what is told).
+Weights are random, for latency does not depend on them; the pictures are noise, never zeros.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -21,7 +20,7 @@ from torch import nn
 from ..adapters.base import adapter_for
 from ..attach import compress
 from ..method import Method
-from .latency import Timing, interleaved, milliseconds, refuse_zeros
+from .latency import Timing, clock, interleaved, refuse_zeros
 from .limit import IMAGE_TOKEN, TEXT_TOKENS, cpu_shape, timed_method
 
 STOCK = "uncompressed"
@@ -81,12 +80,15 @@ def compare(
     the FLOPs (convention "full", the method's own inside); ``of_predicted``, their quotient.
     """
     refuse_zeros(inputs)
+    now = clock(model.device)
     reports: dict[str, Any] = {}
 
     def case(name: str, method: Method | None) -> Callable[[], float]:
         def run() -> float:
             with attached(model, method) as handle:
-                spent = milliseconds(lambda: prefill(model, inputs), model.device)
+                begin = now()
+                prefill(model, inputs)
+                spent = now() - begin
                 if handle is not None and name not in reports:
                     reports[name] = handle.report()
             return spent
@@ -125,7 +127,7 @@ class _Gaps:
     """
 
     def __init__(self, model: Any):
-        self.device, self.spent, self._since = model.device, defaultdict(float), 0.0
+        self.now, self.spent, self._since = clock(model.device), defaultdict(float), 0.0
         adapter = adapter_for(model)
         layers, norm = adapter.decoder_layers, adapter.language_model.norm
         self._handles = []
@@ -142,11 +144,6 @@ class _Gaps:
             self.spent[index] += self.now() - self._since
 
         self._handles += [start.register_forward_hook(begin), end.register_forward_pre_hook(finish)]
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -171,7 +168,9 @@ def cut_cost(
         def run() -> float:
             gaps.spent.clear()
             with attached(model, method) as handle:
-                whole = milliseconds(lambda: prefill(model, inputs), model.device)
+                begin = gaps.now()
+                prefill(model, inputs)
+                whole = gaps.now() - begin
                 if handle is not None:
                     reports[name] = handle.report()
             spent[name].append([gaps.spent[layer] for layer in range(layers)])
@@ -204,11 +203,10 @@ def tower_cost(
 ) -> dict[str, Any]:
     """Vision tower with a method's hooks in it against the stock tower: median ratio of the rounds."""
     spent: list[float] = []
+    now = clock(model.device)
 
-    def timed(module: nn.Module, *_: Any) -> None:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        spent.append(time.perf_counter() * 1e3)
+    def timed(*_: Any) -> None:
+        spent.append(now())
 
     tower = adapter_for(model).tower
     handles = [tower.register_forward_pre_hook(timed), tower.register_forward_hook(timed)]
