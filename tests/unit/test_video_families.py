@@ -270,3 +270,46 @@ def test_flops_agree_with_torch(family):
         assert full(shape, profile) - method == pytest.approx(counter.get_total_flops() - method, rel=0.03)
         assert "1 image(s), 1 video(s)," in str(handle.report())
         assert full(shape, uncompressed(shape, handle.last)[0]) == pytest.approx(stock.get_total_flops(), rel=0.01)
+
+
+@families
+@torch.no_grad()
+def test_globalcom2_gives_more_to_frames_that_stand_out(family):
+    """Against the formulas written out per video: weights over frames, ranks inside them."""
+    model = BUILDERS[family]()
+    inputs = prompts_video(model, [[2, CLIP, 3, "wide", 1], [1, CLIP, 2]])
+    stock = model(**inputs).logits
+    seen = []
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, output: seen.append((args[0], output))
+    )
+    features(model, {"pixel_values_videos": inputs["pixel_values_videos"]})
+    hook.remove()
+    with vlmcompress.compress(model, "none") as handle:
+        layout = handle.adapter.video_geometry(inputs)
+    rows = layout.pooling(seen[0][1]) if layout.pooling.behind_projector else seen[0][0]
+    newline = int(layout.closing_newline)
+    with vlmcompress.compress(model, "globalcom2", keep=0.4, tau=0.5) as handle:
+        model(**inputs)
+        for video, sample in enumerate(handle.last.samples):
+            (image,) = (image for image in sample.images if image.kind == "video")
+            x = rows[3 * video : 3 * video + 3].double()
+            cos = torch.nn.functional.cosine_similarity
+            whole, own = -cos(x, x.mean((0, 1), keepdim=True), dim=-1), -cos(x, x.mean(1, keepdim=True), dim=-1)
+            sigma = (whole.sum(1) / 0.5).softmax(0)
+            kept = []
+            for frame in range(3):
+                count = int(9 * min(1.0, 0.4 * float(1 + sigma[frame] - sigma.mean())))
+                best = (whole + own)[frame].topk(count).indices.sort().values
+                kept += (best + 9 * frame).tolist()
+            assert image.kept.tolist() == kept + [27] * newline
+    with vlmcompress.compress(model, "globalcom2", keep=10) as handle:
+        model(**inputs)
+        assert [len(i.kept) for s in handle.last.samples for i in s.images if i.kind == "video"] == [10, 10]
+    with vlmcompress.compress(model, "globalcom2", keep=0.01) as handle:
+        model(**inputs)
+        assert inside(handle.last.samples[1]) == [("video", 1, newline)]
+    with vlmcompress.compress(model, "globalcom2", keep=1.0):
+        assert model(**inputs).logits.equal(stock)
+    with vlmcompress.compress(model, "globalcom2", layout="official"), pytest.raises(ValueError, match="no videos"):
+        model(**inputs)

@@ -18,7 +18,7 @@ from ..dtypes import LongTensor
 from ..method import Method, Stage, check_keep, tokens_to_keep
 from ..ops.scores import negative_cosine
 from ..ops.select import largest_remainder
-from ..ops.tiles import combined_scores, crop_weights, enlarge, from_canvas, misplaced_rows, to_canvas
+from ..ops.tiles import combined_scores, crop_weights, enlarge, from_canvas, misplaced_rows, richness, to_canvas
 from ..registry import register_method
 from ..views import EntryTokens, Selection, TowerLayer
 
@@ -28,17 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Image:
-    """One image: its views, what its crops weigh, and the cells ranked in each view."""
+    """One image: its views, what its crops weigh, and the cells ranked in each view; a video has frames for crops."""
 
     number: int
-    overview: int
+    overview: int | None
     crops: list[int]
     tiles: tuple[int, int]
     n: int  # tokens in all
     newlines: int  # rows of the picture
-    cells: int  # of the thumbnail
+    cells: int  # of the thumbnail, 0 without one
     sizes: list[int]  # unpadded cells of every crop
     weights: list[float]
+
+    @property
+    def views(self) -> list[int]:
+        return self.crops if self.overview is None else [self.overview, *self.crops]
 
 
 @register_method("globalcom2")
@@ -58,6 +62,11 @@ class GlobalCom2(Method):
     Towers without a CLS token rank by minus the cosine to the view's mean patch; the paper describes it, the code has
     it not, and we take it in front of the projector. Where the projector joins patches to a token, their scores are
     averaged (ours).
+
+    The frames of a video play the crops, as the paper sketches it (no code was released): its mean token stands in for
+    the thumbnail, the softmax runs over the frames' summed scores against that mean, and a token ranks by minus its
+    cosine to the mean of its frame plus minus that to the mean of the video, both of what the projector takes (of its
+    tokens where the model pools behind it).
 
     Args:
         keep: a float is the paper's retention ratio R of the patches, newline tokens on top; an int is an exact number
@@ -117,9 +126,15 @@ class GlobalCom2(Method):
         present = tokens.view_cells()
         images = self._images(tokens, row, present)
         scores = row.masked_fill(~present, float("-inf"))
-        crops = [v for image in images for v in image.crops]
+        tiled = [image for image in images if image.crops and image.overview is not None]
+        crops = [v for image in tiled for v in image.crops]
+        for image in images:
+            if image.overview is None:
+                scores[image.crops] = sum(_video_scores(tokens, image.crops, present)).masked_fill(
+                    ~present[image.crops], float("-inf")
+                )
         if crops:
-            spread = torch.cat([self._spread(tokens, image, row, present) for image in images if image.crops])
+            spread = torch.cat([self._spread(tokens, image, row, present) for image in tiled])
             scores[crops] = combined_scores(row[crops], spread, present[crops], self.alpha)
         state["scores"] = tokens.of_views(_comparable(scores, layout.thumbnail), fill=float("-inf"))
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
@@ -129,7 +144,7 @@ class GlobalCom2(Method):
         newlines = layout.valid & ~layout.patch
         for image in images:
             mine = self._counts(image, tokens, rank)
-            for view, count in zip([image.overview, *image.crops], mine, strict=True):
+            for view, count in zip(image.views, mine[-len(image.views) :], strict=True):
                 counts[view] = count
         kept = rank < torch.tensor(counts, device=rank.device)[:, None]
         if self.layout == "official":
@@ -167,10 +182,15 @@ class GlobalCom2(Method):
         if not self._exact:
             ratios = [min(1.0, self.keep * w) for w in image.weights]
             counts = [int(cells * self.keep), *(int(n * r) for n, r in zip(image.sizes, ratios, strict=True))]
-            return counts if any(counts) or self.layout == "official" else [1, *counts[1:]]
+            if any(counts) or self.layout == "official":
+                return counts
+            if image.overview is not None:
+                return [1, *counts[1:]]
+            best = max(range(len(image.weights)), key=image.weights.__getitem__)
+            return [0, *(int(frame == best) for frame in range(len(image.crops)))]
         shares = [cells, *(n * w for n, w in zip(image.sizes, image.weights, strict=True))]
         caps, budget = [cells, *image.sizes], self._budget(image)
-        if self.newlines == "all":
+        if self.newlines == "all" or image.overview is None:
             rows = image.newlines if self.layout == "hf" else image.tiles[0] * tokens.layout.view_grid[0]
             if budget <= rows:
                 raise ValueError(
@@ -198,6 +218,9 @@ class GlobalCom2(Method):
         sizes = present.sum(1).tolist()
         images = []
         for i, mine in enumerate(views):
+            if layout.kind[i] == "video":
+                images.append(self._video(tokens, i, mine, present))
+                continue
             overview = [v for v in mine if small[v]]
             if len(overview) != 1:
                 raise ValueError(
@@ -214,6 +237,13 @@ class GlobalCom2(Method):
             )
         return images
 
+    def _video(self, tokens: EntryTokens, number: int, frames: list[int], present: Tensor) -> _Image:
+        if self.layout == "official":
+            raise ValueError("layout='official' is the released code's, which has no videos; layout='hf' does them.")
+        sizes, n = present[frames].sum(1).tolist(), tokens.layout.n[number]
+        weights = richness(_video_scores(tokens, frames, present)[1].sum(1), self.tau).tolist()
+        return _Image(number, None, frames, (0, 0), n, n - sum(sizes), 0, sizes, weights)
+
     @staticmethod
     def _spread(tokens: EntryTokens, image: _Image, row: Tensor, present: Tensor) -> Tensor:
         """[n, N] the thumbnail's scores enlarged onto the unpadded picture, cut into the crops' cells."""
@@ -222,6 +252,12 @@ class GlobalCom2(Method):
         enlarged = enlarge(row[image.overview], layout.view_grid, layout.grid[image.number])
         canvas = torch.zeros(picture.shape, device=row.device).masked_scatter(picture, enlarged)
         return from_canvas(canvas, image.tiles, layout.view_grid)
+
+
+def _video_scores(tokens: EntryTokens, frames: list[int], present: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, N] fp32 each: minus the cosine of every token to the mean of its frame, and to the mean of the video."""
+    x, real = tokens.rows[frames], present[frames]
+    return negative_cosine(x, real), negative_cosine(x.flatten(0, 1)[None], real.flatten()[None]).view(real.shape)
 
 
 def _comparable(scores: Tensor, thumbnail: Tensor | None) -> Tensor:

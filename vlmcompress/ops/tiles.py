@@ -28,8 +28,13 @@ def crop_weights(overview: Tensor, grid: tuple[int, int], tiles: tuple[int, int]
     part = (row[:, None] * tiles[1] + col).flatten().to(overview.device)
     total = torch.zeros(tiles[0] * tiles[1], dtype=torch.float64, device=overview.device)
     total.index_add_(0, part, overview.double())
-    e = ((total - total.max()) / tau).exp()
-    # the small constant decides the truncation to whole tokens when one crop takes all
+    return richness(total, tau)
+
+
+def richness(total: Tensor, tau: float) -> Tensor:
+    """[n] float64: how much richer than the average each part of a whole is, by the parts' summed scores ``total`` [n]."""
+    e = ((total.double() - total.max()) / tau).exp()
+    # the small constant decides the truncation to whole tokens when one part takes all
     sigma = e / (e.sum() + 1e-8)
     return 1.0 + sigma - sigma.mean()
 

@@ -57,7 +57,9 @@ def tiny_llava_next(
 
 @app.command()
 def boards(
-    output: Annotated[Path, typer.Option(help="Folder of the results; arms that it holds already are not trained again.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; arms that it holds already are not trained again.")
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     threads: Threads = None,
     share: Share = 1.0,
