@@ -53,9 +53,8 @@ def peak(method: str, options: Mapping[str, Any], side: int, width: int) -> dict
     inputs = prompt(config, "cpu", torch.float32)
     chosen = None if method == "none" else create(method, **options).methods[0]
     with torch.inference_mode(), attached(model, chosen) as handle:
-        prefill(model, inputs)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         held = peak_bytes(lambda: prefill(model, inputs))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     tokens = [side**2] * TEXT_LAYERS if handle is None else list(handle.report().layer_tokens)
     return {"resident": resident, "tensors": held, "layer_average": statistics.mean(tokens)}
 

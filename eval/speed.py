@@ -77,20 +77,28 @@ def compare(
     """Whole prefills (tower, projector, language model, last logits) of the stock model and of every method.
 
     Per method: ``speedup``, the median over the rounds of uncompressed / compressed; ``predicted``, the same ratio of
-    the FLOPs (convention "full", the method's own inside); ``of_predicted``, their quotient.
+    the FLOPs (convention "full", the method's own inside); ``of_predicted``, their quotient; ``own_ms``, what the
+    method computes itself at each stage, hooks around it not counted.
     """
     refuse_zeros(inputs)
     now = clock(model.device)
     reports: dict[str, Any] = {}
+    own: dict[str, list[dict[str, float]]] = defaultdict(list)
+
+    def once() -> float:
+        begin = now()
+        prefill(model, inputs)
+        return now() - begin
 
     def case(name: str, method: Method | None) -> Callable[[], float]:
         def run() -> float:
-            with attached(model, method) as handle:
-                begin = now()
-                prefill(model, inputs)
-                spent = now() - begin
-                if handle is not None and name not in reports:
-                    reports[name] = handle.report()
+            if method is None:
+                return once()
+            clocked, stages = timed_method(method, str(model.device))
+            with compress(model, clocked) as handle:
+                spent = once()
+                reports[name] = handle.report()
+            own[name].append({stage: sum(calls) for stage, calls in stages.items() if calls})
             return spent
 
         return run
@@ -110,6 +118,7 @@ def compare(
             "speedup": speedup,
             "predicted": predicted,
             "of_predicted": speedup / predicted,
+            "own_ms": {s: statistics.median(run[s] for run in own[name][1:]) for s in own[name][0]},
         }
     return {STOCK: {"prefill_ms": Timing.of(found[STOCK]).as_dict()}, "methods": table}
 
@@ -234,17 +243,3 @@ def tower_cost(
             "over_stock": _paired(found[name], found[STOCK]),
         }
     return table
-
-
-@torch.inference_mode()
-def own_cost(model: Any, inputs: Mapping[str, torch.Tensor], method: Method, rounds: int) -> dict[str, float]:
-    """Median milliseconds that each stage of a method takes in one prefill, hooks around it not counted."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        clocked, spent = timed_method(method, str(model.device))
-        with compress(model, clocked):
-            prefill(model, inputs)
-        for stage, calls in spent.items():
-            if turn:
-                found[stage].append(sum(calls))
-    return {stage: statistics.median(values) for stage, values in found.items() if any(values)}

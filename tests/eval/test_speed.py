@@ -71,9 +71,10 @@ def test_towers_are_compared(model, inputs):
 def test_the_stages_of_globalcom2_are_timed():
     model = tiny_next()
     inputs = prompts_next(model, [[5, "square", 7]])
-    spent = speed.own_cost(model, inputs, GlobalCom2(keep=0.25), 2)
-    assert set(spent) == {"tower", "entry"}
-    assert min(spent.values()) > 0
+    spent = speed.compare(model, inputs, {"globalcom2": GlobalCom2(keep=0.25)}, 2, lambda: None)
+    own = spent["methods"]["globalcom2"]["own_ms"]
+    assert set(own) == {"tower", "entry"}
+    assert min(own.values()) > 0
 
 
 def test_the_tiled_prompt_fits_its_model():
