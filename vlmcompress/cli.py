@@ -165,24 +165,26 @@ class Bench(str, Enum):
 
     LIMIT = "limit"
     METHODS = "methods"
+    CACHE = "cache"
 
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(help="limit: distance to the speed limit; methods: all of them.")] = (
-        Bench.LIMIT
-    ),
+    what: Annotated[
+        Bench, typer.Argument(help="limit: distance to the speed limit; methods: all of them; cache: its policies.")
+    ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
     rounds: Annotated[int, typer.Option(min=1)] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     device: str = "cpu",
 ) -> None:
-    """Speed ratios on large random models: against prompts that natively are as short, or of every method."""
+    """Speed ratios on large random models: to natively short prompts, of every method, or of cache policies."""
     from .commands.bench import bench
+    from .commands.bench_cache import bench_cache
     from .commands.bench_methods import bench_methods
 
     _set_threads(threads)
-    (bench if what is Bench.LIMIT else bench_methods)(out, rounds, device)
+    {Bench.LIMIT: bench, Bench.METHODS: bench_methods, Bench.CACHE: bench_cache}[what](out, rounds, device)
 
 
 @app.command(

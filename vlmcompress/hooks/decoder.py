@@ -47,6 +47,9 @@ def enter(
     run.columns = embeds.shape[1]
     attention_mask = adapter.caller_mask(kwargs, given)
     run.chunk_valid = chunk_of(attention_mask, run.columns)
+    if layerwise and run.columns > 1 and run.chunk_valid is not None and bool(run.chunk_valid.all()):
+        # one look from the host per prompt spares every later step the books of padding that is not there
+        run.chunk_valid = None
     run.base_positions = _base_positions(kwargs.get("position_ids"), run, embeds)
     run.frames = [_first_frame(run, embeds, positions, adapter.mrope)]
     frame, dropping = run.frame, run.selection is not None
