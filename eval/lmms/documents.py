@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,16 @@ def _file(path: Path) -> ConfigurableMessagesTask:
     return ConfigurableMessagesTask(config=load_yaml_config(str(path)), model_name=MODEL)
 
 
+@lru_cache(maxsize=1)
+def _index() -> TaskManager:
+    """lmms-eval reads more than a thousand YAML files for this."""
+    return TaskManager(verbosity="ERROR", model_name=MODEL)
+
+
 def _named(name: str) -> ConfigurableMessagesTask:
     from ..tasks.base import tasks
 
-    manager = TaskManager(verbosity="ERROR", model_name=MODEL)
+    manager = _index()
     if name not in manager.all_tasks:
         raise ValueError(f"There is no task '{name}'; the tasks are {', '.join(tasks())} and those of lmms-eval.")
     if name not in manager.all_subtasks:

@@ -103,8 +103,8 @@ class CompressedModel(lmms):
         """
         found: dict[int, tuple[float, bool]] = {}
         for batch, _ in self._batches(requests, lambda request: {}):
-            chats = [self._chat(requests[i]) for i in batch]
             endings = [self._continuation(requests[i]) for i in batch]
+            chats = [self._chat(requests[i]) for i in batch]
             before = self._encode(chats)["attention_mask"].sum(dim=1)
             inputs = self._encode(chats, endings)
             lengths = (inputs["attention_mask"].sum(dim=1) - before).tolist()
