@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..tokens import ImageRecord, Layout, VisualTokens
+    from ..ledger import ImageRecord, VisualTokens
+    from ..tokens import Layout
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
 GATED_TEXT = (

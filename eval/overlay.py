@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..tokens import ImageRecord
+    from ..ledger import ImageRecord
 
 EDGE, PAPER = (255, 196, 0), (255, 255, 255)
 

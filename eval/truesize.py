@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from ..adapters.base import Adapter, adapter_for
 from ..attach import compress
 from ..hooks.decoder import cache_keyword
-from ..tokens import VisualTokens
+from ..ledger import VisualTokens
 from . import flops as formula
 from . import narrow, synthetic
 

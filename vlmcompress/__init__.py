@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from . import flex, quecc
     from .attach import Handle, compress, restore
     from .catalog import families, methods, support
+    from .ledger import VisualTokens
     from .report import Report
-    from .tokens import VisualTokens
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ __all__ = [
 #: imported on first use, since torch and transformers' model classes take seconds
 _LAZY = {
     "Handle": "attach", "compress": "attach", "restore": "attach", "families": "catalog", "support": "catalog",
-    "Report": "report", "VisualTokens": "tokens",
+    "Report": "report", "VisualTokens": "ledger",
 }  # fmt: skip
 
 #: modules that are part of the public names, likewise

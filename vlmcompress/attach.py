@@ -22,10 +22,11 @@ from .hooks.join import join
 from .hooks.layers import after_layer, before_layer
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
+from .ledger import VisualTokens
 from .method import POSITIONS, Composition, Method, Stage, create
 from .projectors import check_loaded
 from .report import Report
-from .tokens import Layout, Selection, VisualTokens
+from .tokens import Layout, Selection
 
 _ATTRIBUTE = "_vlmcompress_handle"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
-    from .tokens import VisualTokens
+    from .ledger import VisualTokens
 
 
 @dataclass(frozen=True)

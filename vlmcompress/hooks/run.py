@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
-from ..tokens import Frame, Layout, Selection, VisualTokens
+from ..ledger import VisualTokens
+from ..tokens import Frame, Layout, Selection
 
 if TYPE_CHECKING:
     from ..method import Method
