@@ -30,6 +30,7 @@ class InternVLAdapter(Adapter):
     """
 
     joins_patches = True
+    plain_views = True
     tiled = True
     reads_prompt = True
 
@@ -84,7 +85,7 @@ class InternVLAdapter(Adapter):
     # geometry ---------------------------------------------------------------------------------------------------
     def geometry(self, given: dict[str, Any]) -> Layout:
         pixels, patch = given["pixel_values"], self.tower.config.patch_size
-        grid = tuple(pixels.shape[2 + axis] // patch[axis] // self.side for axis in (0, 1))
+        grid = self.token_grid(tuple(pixels.shape[2 + axis] // patch[axis] // self.side for axis in (0, 1)))
         views = self._views(given.get("placeholders"), len(pixels), grid[0] * grid[1])
         pieces = pixels.split(views)
         return tiled_layout([arrangement(piece) for piece in pieces], grid, pixels.device)

@@ -192,6 +192,13 @@ def _group(config: Any, rows: int) -> int:
 def _projector(config: Any) -> tuple[tuple[int, int], ...]:
     """(in, out) of every linear layer that a visual token passes; ``UnknownFlopsError`` for a projector that mixes."""
     inputs, width = config.vision_config.hidden_size, config.text_config.hidden_size
+    if getattr(config, "quecc", None):
+        raise UnknownFlopsError("projector 'quecc'", ("the stock one", "tokenflex"))
+    if flex := getattr(config, "tokenflex", None):
+        layers = getattr(config, "vision_feature_layer", -1)
+        inputs *= 1 if isinstance(layers, int) else len(layers)
+        hidden = flex["hidden_ratio"] * inputs
+        return (inputs, hidden), (inputs, hidden), (hidden, width)
     if config.model_type == "internvl":
         return (_group(config, 0) * inputs, width), (width, width)
     if config.model_type in ("idefics3", "smolvlm"):
@@ -199,11 +206,6 @@ def _projector(config: Any) -> tuple[tuple[int, int], ...]:
     if config.model_type in ("gemma3", "paligemma"):
         return ((inputs, width),)
     inputs *= 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    if getattr(config, "quecc", None):
-        raise UnknownFlopsError("projector 'quecc'", ("the stock one", "tokenflex"))
-    if flex := getattr(config, "tokenflex", None):
-        hidden = flex["hidden_ratio"] * inputs
-        return (inputs, hidden), (inputs, hidden), (hidden, width)
     return (inputs, width), (width, width)
 
 

@@ -90,6 +90,11 @@ class TokenFlex(Method):
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
         layout = tokens.layout
+        if layout.pooling is not None:
+            raise ValueError(
+                f"This model resizes this picture or video behind its projector; '{self.name}' pools in front of it, where "
+                "the two would mix."
+            )
         state["flops"] = tokens.rows.numel()
         if layout.thumbnail is None:
             targets = [self._target(tokens_to_keep(self.keep, h * w), h, w) for h, w in layout.grid]

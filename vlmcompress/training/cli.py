@@ -56,6 +56,55 @@ def tiny_llava_next(
 
 
 @app.command()
+def tokenflex(
+    base: Annotated[str, typer.Option(help="Model folder or hub id; one with the projector goes on with it.")],
+    output: Annotated[Path, typer.Option(help="Folder for model, processor and log.")],
+    stage: Annotated[str, typer.Option(help="align: projector only; vision, instruct: everything.")] = "instruct",
+    data: Annotated[Path | None, typer.Option(help="Conversations in LLaVA's JSON format; default: scenes.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that DATA names.")] = None,
+    counts: Annotated[str, typer.Option(help="Token counts to draw from.")] = "64,144,256",
+    probabilities: Annotated[str | None, typer.Option(help="Shares of the counts; default: the paper's.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Conversations per process and micro-batch.")] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; default: the stage's.")] = None,
+    tower_rate: Annotated[float | None, typer.Option(help="Of the tower; default: the stage's.")] = None,
+    pooling: Annotated[str, typer.Option(help="adaptive, or resize for released weights.")] = "adaptive",
+    post_layernorm: Annotated[bool, typer.Option(help="Pass features through the tower's final norm (SigLIP).")] = False,
+    prior: Annotated[float, typer.Option(min=0, help="Alpha of the PRIOR loss; 0: plain.")] = 0.0,
+    reference: Annotated[str | None, typer.Option(help="Text-only model for PRIOR; default: BASE, blind.")] = None,
+    loss_weighting: Annotated[str, typer.Option(help="token, or sqrt as released.")] = "token",
+    gradient_checkpointing: bool = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read data.")] = 1,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints under OUTPUT-work.")] = True,
+    threads: Threads = None,
+) -> None:
+    """Train one stage of a model with any number of visual tokens; start it with torchrun for several processes."""
+    from .tokenflex import FlexRun, train_tokenflex
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    shares = None if probabilities is None else _numbers(probabilities, float)
+    run = FlexRun(
+        base, output, stage, data, images, _numbers(counts, int), shares, pooling=pooling,
+        apply_post_layernorm=post_layernorm, steps=steps, batch=batch, accumulate=accumulate, rate=rate,
+        tower_rate=tower_rate, prior=prior, reference=reference, loss_weighting=loss_weighting, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, workers=workers, resume=resume,
+    )  # fmt: skip
+    typer.echo(f"Wrote {train_tokenflex(run)}")
+
+
+def _numbers(text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"A list of numbers goes like 64,144,256, not '{text}'.") from None
+
+
+@app.command()
 def boards(
     output: Annotated[
         Path, typer.Option(help="Folder of the results; arms that it holds already are not trained again.")

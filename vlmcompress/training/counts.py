@@ -127,8 +127,12 @@ class FlexCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs and self.drawn:
-            logs["visual_tokens"] = self.visual_tokens
-            logs |= {f"batches_at_{n}": self.drawn[n] for n in self.schedule.counts}
+            seen = {
+                "visual_tokens": self.visual_tokens,
+                **{f"batches_at_{n}": self.drawn[n] for n in self.schedule.counts},
+            }
+            logs.update(seen)
+            state.log_history[-1].update(seen)
 
     def _expand(self, module: nn.Module, args: tuple, kwargs: dict):
         if not module.training or not is_collapsed(kwargs, module.config.image_token_id):
