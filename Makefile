@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # make quickstart   set up and run the main job        make test      what CI runs
 # make lint format  ruff and mypy                      make bench     the speed ratios under results/
+# make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
 # FULL=1 make quickstart   every question instead of the stated subset
 
 PYTHON ?= python3
 VENV   ?= .venv
+OLDEST ?= .venv-oldest
 BIN    := $(VENV)/bin
 # Installed only where torch is missing, so an environment that brings its own build (CPU, ROCm, another CUDA) keeps it:
 # make quickstart VENV=/path/to/that/environment
@@ -14,7 +16,7 @@ LIMIT  ?= 400
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: quickstart test lint format bench clean setup
+.PHONY: quickstart test test-oldest lint format bench clean setup
 
 setup: $(STAMP)
 
@@ -38,6 +40,11 @@ lint: $(STAMP)
 # one torch thread per worker: two workers with two threads each on two cores are slower than this
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+
+test-oldest:
+	$(MAKE) setup VENV=$(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q "transformers==5.16.*"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n 2
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)

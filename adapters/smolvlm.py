@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..dtypes import LongTensor
@@ -135,7 +134,7 @@ def _rows_of(names: list[int], starts: list[int], cells: int) -> tuple[int, int]
     """(rows, columns) of one image whose tiles are called ``names``, its thumbnail last in ``starts``; None: no such."""
     if not names:
         return 0, 0
-    gaps = [b - a - cells for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a - cells for a, b in pairwise(starts)]
     cols = next((i for i, gap in enumerate(gaps, 1) if gap > 2), 0)
     expected = [2 if (i + 1) % cols else 3 for i in range(len(gaps) - 1)] if cols else []
     regular = cols and len(names) % cols == 0 and gaps[:-1] == expected and gaps[-1] in (3, 4)

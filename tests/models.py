@@ -78,6 +78,12 @@ def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def cached(output) -> dict:
+    """The cache of a model's or a generation's output as the keyword that hands it on: its name is new in 5.24."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
 def row_alone(inputs: dict[str, torch.Tensor], spec: list[list[int | str]], row: int) -> dict[str, torch.Tensor]:
     """One row of a left-padded batch of :func:`prompts`, without its padding and with its own images."""
     length, images = int(inputs["attention_mask"][row].sum()), spec[row].count("image")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from .adapters.base import PIXELS, Adapter, adapter_for
-from .compat import cache_of
+from .compat import REPLAYS_HOOKS, cache_of
 from .hooks.cache import check_cache, managed
 from .hooks.decoder import dropped_columns, enter, restore_length
 from .hooks.entry import choose, tokenwise, watch_projector
@@ -122,7 +122,7 @@ class Handle:
         self._cache = method.at(Stage.CACHE)
         self._choosers = [m for m in self._cache if type(m).attend is not Method.attend]
         self._cuts = {m: frozenset(m.cut_layers(adapter)) for m in self._prefill}
-        self._policies = {id(m): self._policy(m) for m in method.methods}
+        self._policies = {id(m): self._policy(m, inside=True) for m in method.methods}
         self._signatures = {m: inspect.signature(m.forward) for m in (model, adapter.inner)}
         self._hooks: list[Any] = []
         model.__dict__[_ATTRIBUTE] = self
@@ -183,10 +183,12 @@ class Handle:
         return f"<vlmcompress '{self.method.name}' {state} {type(self.model).__name__}>"
 
     # hooks ------------------------------------------------------------------------------------------------------
-    def _policy(self, method: Method) -> str:
+    def _policy(self, method: Method, inside: bool = False) -> str:
         if self.positions != "published":
             return self.positions
-        return "original" if self.adapter.mrope else method.published_positions
+        if self.adapter.mrope:
+            return "original"
+        return (method.published_cut_positions if inside else "") or method.published_positions
 
     @property
     def _layerwise(self) -> bool:
@@ -322,12 +324,24 @@ class Handle:
     def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._bound(module, args, kwargs)
         self._local.run, self._local.given = None, given
+        self._check_checkpointing()
         cache = cache_of(given)
         if cache is not None and self.adapter.brings(given):
             check_cache(cache)
         for kind, name in PIXELS.items():
             if given.get(name) is not None:
                 self._visions.pop(kind, None)
+
+    def _check_checkpointing(self) -> None:
+        """Refuse to train where checkpointing would replay hooks that have to run once."""
+        if not REPLAYS_HOOKS or not (self.model.training and torch.is_grad_enabled()):
+            return
+        watched = self._layerwise or any(m.tower_layers(self.adapter) for m in self._before)
+        if watched and self.model.is_gradient_checkpointing:
+            raise ValueError(
+                f"Gradient checkpointing of this version of transformers replays hooks, which '{self.method.name}' cannot "
+                "take; switch it off, use a newer transformers, or a method that looks at no layer (grid, pool, ...)."
+            )
 
     def _after_inner(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self._local.run = self._local.given = None
@@ -369,7 +383,7 @@ class Handle:
         if args or embeds is None or getattr(self._local, "given", None) is None:
             return None
         run = self._start(embeds)
-        policy = self._policies[id(self._before[0])] if self._before else "original"
+        policy = self._policy(self._before[0]) if self._before else "original"
         changed = enter(run, kwargs, self.adapter, policy, self._layerwise, self._local.given)
         if not run.frames:
             return None

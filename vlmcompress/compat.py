@@ -7,6 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+#: gradient checkpointing runs a layer's hooks once more in the backward pass, as versions before 5.24 may do
+REPLAYS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
 
 def cache_of(kwargs: dict[str, Any]) -> Any:
     """The cache in a call's keywords: named ``cache`` since transformers 5.24, ``past_key_values`` before."""

@@ -20,6 +20,7 @@ from transformers import (
 
 import vlmcompress
 from vlmcompress import Method, Stage
+from vlmcompress.compat import cache_keyword
 from vlmcompress.eval.flops import (
     CONVENTIONS,
     ModelShape,
@@ -115,9 +116,9 @@ def test_a_decode_step_agrees_with_torch():
     cache = DynamicCache(config=config.text_config)
     with torch.device("meta"), torch.no_grad():  # on the meta device: torch does not count the CPU's fused attention
         model = LlavaForConditionalGeneration(config).eval().model.language_model
-        model(inputs_embeds=torch.empty(1, 20, 48), cache=cache)
+        model(inputs_embeds=torch.empty(1, 20, 48), **{cache_keyword(model): cache})
         with FlopCounterMode(display=False) as counter:
-            hidden = model(inputs_embeds=torch.empty(1, 1, 48), cache=cache).last_hidden_state
+            hidden = model(inputs_embeds=torch.empty(1, 1, 48), **{cache_keyword(model): cache}).last_hidden_state
             hidden @ torch.empty(48, 99)
     assert decode_step(ModelShape.from_config(config), [20] * 3) == pytest.approx(counter.get_total_flops(), rel=0.01)
 

@@ -12,6 +12,7 @@ from models import IMAGE, prompts, tiny_llava
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 import vlmcompress
+from vlmcompress.compat import REPLAYS_HOOKS
 
 N = 36
 GREEDY = dict(max_new_tokens=5, do_sample=False, suppress_tokens=[IMAGE])
@@ -94,6 +95,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, inputs, name, op
         if checkpointing:
             model.gradient_checkpointing_enable()
         with vlmcompress.compress(model, name, **options):
+            if checkpointing and REPLAYS_HOOKS:
+                with pytest.raises(ValueError, match="replays hooks"):
+                    model(**inputs, labels=labels)
+                return
             model(**inputs, labels=labels).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*grads, strict=True):
@@ -190,7 +195,7 @@ def test_other_caches_are_refused_before_anything_happens(model, inputs):
         with vlmcompress.compress(model, name, **options):
             with pytest.raises(ValueError, match="StaticCache"):
                 model.generate(**inputs, cache_implementation="static", **GREEDY)
-            with pytest.raises(ValueError, match="QuantizedCache"):
+            with pytest.raises(ValueError, match=r"QuantizedCache|quantization backend"):
                 model.generate(**inputs, cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY)
     assert model.generate(**inputs, cache_implementation="static", **GREEDY).equal(expected)
 

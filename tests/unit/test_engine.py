@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, prompts, row_alone, tiny_llava
+from models import IMAGE, cached, prompts, row_alone, tiny_llava
 
 import vlmcompress
 
@@ -147,7 +147,7 @@ def test_beams_and_second_turn(model, name, options):
         mask = torch.cat(
             [inputs["attention_mask"], torch.ones(2, full.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)], 1
         )
-        again = model.generate(input_ids=full, attention_mask=mask, cache=first.cache, **GREEDY)
+        again = model.generate(input_ids=full, attention_mask=mask, **cached(first), **GREEDY)
         step = model(**inputs, use_cache=True, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0))
         position = inputs["attention_mask"].sum(1, keepdim=True)
         tokens = full[:, inputs["input_ids"].shape[1] :]
@@ -155,7 +155,7 @@ def test_beams_and_second_turn(model, name, options):
         for column in range(tokens.shape[1] + 4):
             grown = torch.cat([grown, torch.ones(2, 1, dtype=torch.long)], 1)
             step = model(
-                input_ids=tokens[:, column : column + 1], cache=step.cache, attention_mask=grown, position_ids=position
+                input_ids=tokens[:, column : column + 1], **cached(step), attention_mask=grown, position_ids=position
             )
             position = position + 1
             if column >= tokens.shape[1] - 1:
@@ -198,10 +198,10 @@ def test_new_image_in_the_second_turn(model):
     pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
     for name, options in [("vtc-cls", {"keep": 9}), ("fastv", {"keep": 9})]:
         with vlmcompress.compress(model, name, **options):
-            cache = model(**first).cache
+            turn = model(**first)
             positions = torch.arange(first["input_ids"].shape[1], both.shape[1])[None]
             turns = model(
-                **{**second, "attention_mask": torch.ones_like(both)}, cache=cache, position_ids=positions
+                **{**second, "attention_mask": torch.ones_like(both)}, **cached(turn), position_ids=positions
             ).logits
             if name == "vtc-cls":
                 at_once = model(input_ids=both, pixel_values=pixels, attention_mask=torch.ones_like(both)).logits

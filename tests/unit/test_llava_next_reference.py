@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, cached
 from models_next import prompts_next, tiny_next
 
 import vlmcompress
@@ -78,7 +78,7 @@ def test_equals_reference(model, name, options, prompt, policy):
         first = model.generate(**inputs, return_dict_in_generate=True, **GREEDY)
         turn = torch.cat([first.sequences, more], 1)
         longer = torch.nn.functional.pad(mask, (0, turn.shape[1] - ids.shape[1]), value=1)
-        second = model.generate(input_ids=turn, attention_mask=longer, cache=first.cache, **GREEDY)
+        second = model.generate(input_ids=turn, attention_mask=longer, **cached(first), **GREEDY)
     expected = reference(model, inputs, gone, policy, ids)
     here = mask.bool() & ~gone
     torch.testing.assert_close(logits[here], expected[here], atol=1e-4, rtol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, cached
 from models_tiles import FAMILIES, one_row, prompts
 from reference import embeddings, entering, real_slots
 
@@ -95,7 +95,7 @@ def test_equals_reference(made, name, policy):
         full = torch.cat([first.sequences, more], 1)
         longer = torch.nn.functional.pad(mask, (0, full.shape[1] - length), value=1)
         second = model.generate(
-            input_ids=full, attention_mask=longer, cache=first.cache, return_dict_in_generate=True, output_logits=True,
+            input_ids=full, attention_mask=longer, **cached(first), return_dict_in_generate=True, output_logits=True,
             **GREEDY,
         )  # fmt: skip
     frame = ledger.frames[0]
@@ -175,10 +175,10 @@ def test_new_image_in_the_second_turn(made):
     base = positions(model, both["attention_mask"])
     length = first["input_ids"].shape[1]
     with vlmcompress.compress(model, "vtc-cls", keep=6, positions="original"):
-        cache = model(**first).cache
+        turn = model(**first)
         turns = model(
             input_ids=second["input_ids"], pixel_values=second["pixel_values"], attention_mask=both["attention_mask"],
-            token_type_ids=both["token_type_ids"], position_ids=base[:, length:], cache=cache,
+            token_type_ids=both["token_type_ids"], position_ids=base[:, length:], **cached(turn),
         ).logits  # fmt: skip
         if model.config.model_type == "gemma3":  # a block for each image, so one forward pass sees the same
             pixels = torch.cat([first["pixel_values"], second["pixel_values"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, prompts, row_alone, tiny_llava
+from models import IMAGE, cached, prompts, row_alone, tiny_llava
 from reference import cleared, embeddings, entering, real_slots, reference, shown
 
 import vlmcompress
@@ -119,7 +119,7 @@ def test_second_turn_equals_reference(model, which, policy):
         full = torch.cat([first.sequences, more], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, full.shape[1] - length, dtype=torch.long)], 1)
         again = model.generate(
-            input_ids=full, attention_mask=mask, cache=first.cache, **GREEDY, output_logits=True,
+            input_ids=full, attention_mask=mask, **cached(first), **GREEDY, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip
     later = again.sequences[:, length:-1]

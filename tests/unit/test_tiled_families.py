@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, cached
 from models_tiles import FAMILIES, one_row, prompts
 from reference import embeddings, entering, real_slots, reference, shown
 
@@ -67,7 +67,7 @@ def test_entry_equals_reference(made, name, policy):
         full = torch.cat([first.sequences, more], 1)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, full.shape[1] - length), value=1)
         second = model.generate(
-            input_ids=full, attention_mask=mask, cache=first.cache, return_dict_in_generate=True, output_logits=True,
+            input_ids=full, attention_mask=mask, **cached(first), return_dict_in_generate=True, output_logits=True,
             **GREEDY,
         )  # fmt: skip
     valid = inputs["attention_mask"].bool()
@@ -188,12 +188,12 @@ def test_new_image_in_the_second_turn(made):
     axis = 1 if first["pixel_values"].ndim == 5 else 0
     pixels = torch.cat([first["pixel_values"], second["pixel_values"]], axis)
     with vlmcompress.compress(model, "vtc-cls", keep=12) as handle:
-        cache = model(**first).cache
+        turn = model(**first)
         turns = model.generate(
             input_ids=both,
             pixel_values=second["pixel_values"],
             attention_mask=torch.ones_like(both),
-            cache=cache,
+            **cached(turn),
             **GREEDY,
         )
         assert handle.last.layout.tiles == [(2, 1)]
