@@ -78,6 +78,8 @@ class Method:
     joins_patches: ClassVar[bool] = False
     #: what the paper's released code does with position ids
     published_positions: ClassVar[str] = "contiguous"
+    #: the same for cuts inside the language model, where it differs
+    published_cut_positions: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         self.validate()
