@@ -179,10 +179,8 @@ def _first_frame(run: Run, embeds: Tensor, positions: str, mrope: bool) -> Frame
     if positions == "original":
         new, total = _pick(base, index), None
     else:
-        new, total = _pick(contiguous(base, dropped, keep, mrope), in_place), dropped.sum(1)
-        if mrope:
-            # the last axis: the first may count text tokens only
-            total = (base[-1] - contiguous(base, dropped, keep, mrope)[-1])[:, -1]
+        closed = contiguous(base, dropped, keep, mrope)
+        new, total = _pick(closed, in_place), _lost(base, closed, dropped, keep, mrope)
     return Frame(
         index, valid if ragged else None, image.gather(1, index), list(selection.counts), new, rows[:, 0], total
     )
@@ -192,8 +190,19 @@ def contiguous(positions: LongTensor, dropped: Tensor, keep: Tensor, mrope: bool
     """Close the gaps that ``dropped`` slots leave: [.., B, S] positions, meaningful where ``keep``."""
     if not mrope:
         return positions - (dropped.cumsum(1) - dropped.long())
-    start = positions[:, :, :1]
-    return start + (keep.cumsum(1) - 1).clamp_min(0)
+    first = (keep | dropped).int().argmax(1, keepdim=True)
+    return _pick(positions, first) + (keep.cumsum(1) - 1).clamp_min(0)
+
+
+def _lost(positions: LongTensor, closed: LongTensor, dropped: Tensor, keep: Tensor, mrope: bool) -> LongTensor:
+    """[B] how far the positions behind this chunk move up when its gaps are ``closed``."""
+    if not mrope:
+        return dropped.sum(1)
+    # a model of three axes goes on behind the largest position of any; a fourth axis in front counts text tokens only
+    axes = positions[-3:] if positions.ndim == 3 else positions[None]
+    largest = axes.masked_fill(~(keep | dropped), -1).amax((0, 2))
+    last = keep.shape[1] - 1 - keep.flip(1).int().argmax(1, keepdim=True)
+    return largest - (closed[-1] if closed.ndim == 3 else closed).gather(1, last)[:, 0]
 
 
 def _pick(positions: LongTensor, index: LongTensor) -> LongTensor:
@@ -227,7 +236,7 @@ def cut(run: Run, mask: Tensor, counts: list[int], layer: int, positions: str, m
     else:
         closed = contiguous(frame.positions, dropped, keep, mrope)
         new = _pick(closed, select)
-        lost = dropped.sum(1) if not mrope else (frame.positions[-1] - closed[-1])[:, -1]
+        lost = _lost(frame.positions, closed, dropped, keep, mrope)
         total = lost if frame.total_shift is None else frame.total_shift + lost
     ragged = len(set(lengths)) > 1
     return Frame(
