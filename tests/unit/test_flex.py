@@ -212,3 +212,26 @@ def test_llava_next_pools_every_view(tokens):
         model(**inputs)
         for image in (s.images[0] for s in handle.last.samples):
             assert int((~image.is_newline[image.kept]).sum()) <= 20
+
+
+def test_the_projector_costs_no_more_than_two_percent_of_the_tower():
+    """Against the two layers it replaces, at CLIP-L and a 7 B language model, in operations."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(hidden_size=4096))
+    profile = flops.Profile((576,) * 32, 60, (577,) * 24, 1, 576)
+    stock = flops.full_count(flops.ModelShape.from_config(config), profile)
+    config.tokenflex = {"hidden_ratio": 3}
+    shape = flops.ModelShape.from_config(config)
+    for tokens in (64, 144, 256, 576):
+        ours = flops.full_count(shape, flops.Profile((tokens,) * 32, 60, (577,) * 24, 1, tokens)).projector
+        assert ours - stock.projector <= 0.02 * stock.tower
+        assert ours == 2 * tokens * (2 * 3 * 1024**2 + 3 * 1024 * 4096)

@@ -104,6 +104,27 @@ def _numbers(text: str, kind: type) -> tuple:
         raise ValueError(f"A list of numbers goes like 64,144,256, not '{text}'.") from None
 
 
+@app.command("tokenflex-study")
+def tokenflex_study(
+    base: Annotated[str, typer.Option(help="Folder of the tiny-llava to start from.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not done again.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    limit: Annotated[int, typer.Option(min=0, help="Questions per task; 0: all.")] = 1200,
+    threads: Threads = None,
+    share: Share = 1.0,
+) -> None:
+    """A flexible model against models of one count, each used at every count (hours on two CPU cores)."""
+    from .flex_study import FlexStudy, run_study
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    study = _shortened(FlexStudy(base, limit=limit or None), ("warm_steps", "steps"), share)
+    run_study(study, list(range(seeds)), output)
+    typer.echo((output / "report.md").read_text())
+
+
 @app.command()
 def boards(
     output: Annotated[
