@@ -169,6 +169,16 @@ class EntryTokens:
     pixel_values: Tensor | None
     pooled: bool = False
     pooling: Callable[[Tensor, int, int], Tensor] = pool_grid
+    _project: Callable[[Tensor], Tensor] | None = None
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """[I, n_max, C'] all tokens as the language model would get them, zero where no patch stands.
+
+        Runs the projector once more, which otherwise sees the chosen rows alone. Where tokens are not made row by row,
+        these are :attr:`features`.
+        """
+        return self.features if self._project is None else self.layout.of_views(self._project(self.rows))
 
     @cached_property
     def features(self) -> Tensor:

@@ -44,6 +44,7 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         vision.features = rows
         if not tokenwise(vision, adapter):
             return None
+        vision.project = lambda rows: _project(rows, module, args, adapter)
         choose(vision, methods, adapter)
         if vision.selection is None:
             return None
@@ -77,6 +78,13 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
     vision.handles.append(adapter.projector.register_forward_hook(post))
 
 
+def _project(rows: Tensor, module: nn.Module, args: tuple, adapter: Adapter) -> Tensor:
+    """[V, N, C'] tokens of all ``rows`` [V, N, C], past the projector's hooks."""
+    with torch.no_grad():
+        output = module.forward(adapter.projector_input(rows, args[0]), *args[1:])
+    return output.reshape(*rows.shape[:2], -1)
+
+
 def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
     """Fill ``vision.selection``: what the tower left, or what an ENTRY method picks; None when all tokens go in."""
     if vision.selected:
@@ -88,7 +96,7 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
         selection = from_tower(layout, tower)
     elif vision.features is not None:
         pooling = getattr(adapter.whole_projector, "pooling_function", pool_grid)
-        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools, pooling)
+        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools, pooling, vision.project)
         for method in methods:
             selection = method.entry(tokens, vision.state(method)) or selection
     elif methods:

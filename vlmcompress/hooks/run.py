@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class Vision:
     pixel_values: Tensor | None = None
     tower: TowerState | None = None
     features: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None  # what makes tokens of such rows, while the projector runs
     selection: Selection | None = None
     selected: bool = False
     states: dict[int, dict] = field(default_factory=lambda: defaultdict(dict))
