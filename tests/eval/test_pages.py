@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compact tables: what stands in which column, and how pages are filled."""
+
+import json
+
+import pytest
+
+from vlmcompress.eval.pages import compact, fill, main
+from vlmcompress.eval.results import SCHEMA
+
+
+def row(method, keep, right, layer_tokens, *, seeds=(), same=False):
+    low, high = (0.95, 1.05) if same else (0.2, 0.9)
+    task = {
+        "n": 1200, "accuracy": right, "low": right - 0.02, "high": right + 0.01, "sd_over_seeds": None, "by_kind": {},
+        "retained": {"value": right, "low": low, "high": high},
+    }  # fmt: skip
+    return named(method, keep, seeds) | {"tokens_in": 144.0, "layer_tokens": layer_tokens, "tasks": {"scenes": task}}
+
+
+def named(method, keep, seeds=(), error=None):
+    key = f"{method}-keep{keep}"
+    return {"method": method, "keep": keep, "seeds": list(seeds), "options": {}, "key": key, "error": error}
+
+
+@pytest.fixture
+def report():
+    return {
+        "schema": SCHEMA,
+        "model": {"name": "tiny", "fingerprint": "0", "parameters": 1, "dtype": "torch.float32"},
+        "settings": {"tasks": {"scenes": 1200}, "max_new_tokens": 4, "batch_size": 1, "rounds": 0},
+        "environment": {},
+        "rows": [
+            row("none", None, 0.9, 144.0),
+            row("random", 48, 0.8, 48.0, seeds=(0, 1, 2)),
+            row("random", 16, 0.6, 16.0, seeds=(0, 1, 2)),
+            row("grid", 48, 0.85, 48.0),
+            named("grid", 16, error="no budget"),
+            row("fastv", 48, 0.9, 86.4, same=True),
+            row("fastv", 16, 0.89, 67.2, same=True),
+            row("transprune", 29, 0.7, 29.0),
+        ],
+    }
+
+
+def test_lines_and_columns(report):
+    lines = compact(report).splitlines()
+    assert lines[0] == "| % right | scenes, 48 tokens | 16 tokens |"
+    assert lines[2:-2] == [
+        "| uncompressed | 90.0 | 90.0 |",
+        "| random (3 seeds) | 80.0 | 60.0 |",
+        "| grid | 85.0 | – |",
+        "| fastv | 90.0 ≈ (86) | 89.0 ≈ (67) |",
+        "| transprune | 70.0 (29) | 70.0 (29) |",
+    ]
+    assert "tiny, 144 visual tokens uncompressed, 1,200 questions of scenes" in lines[-1]
+    assert "at most 2.0 points" in lines[-1]
+
+
+def test_only_the_asked_methods_in_the_asked_order(report):
+    lines = compact(report, ["grid", "uncompressed"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:-2]] == ["| grid", "| uncompressed"]
+    with pytest.raises(ValueError, match="hold no row of magic"):
+        compact(report, ["grid", "magic"])
+
+
+def test_pages_are_filled_between_their_marks(report, tmp_path):
+    (tmp_path / "results" / "one").mkdir(parents=True)
+    (tmp_path / "results" / "one" / "report.json").write_text(json.dumps(report))
+    first, second = "<!-- results/one: grid, random -->\nold\n<!-- end -->", "<!-- results/one -->\n<!-- end -->"
+    page = f"before\n\n{first}\n\nbetween\n{second}\nafter\n"
+    once = fill(page, tmp_path)
+    assert fill(once, tmp_path) == once
+    assert "\nold\n" not in once
+    assert once.startswith("before\n\n<!-- results/one: grid, random -->\n| % right |")
+    assert once.endswith("<!-- end -->\nafter\n")
+    assert once.count("| grid | 85.0 | – |") == 2
+    assert once.count("| fastv |") == 1
+
+
+def test_the_command_writes_only_what_changes(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("no mark here\n")
+    main([str(page)])
+    assert page.read_text() == "no mark here\n"
+    assert capsys.readouterr().out == ""
