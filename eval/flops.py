@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One FLOP counter, three named conventions, fed by the ledger's own token profile.
+"""One FLOP counter, three named conventions, fed by a token profile (`profiles.py` reads one off the ledger).
 
 =========  ============================================================================  =============================
 name       what it counts                                                                who reports it
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..ledger import ImageRecord, VisualTokens
     from ..tokens import Layout
 
 #: text models whose layer is attention plus a gated feed-forward block of three matrices
@@ -309,113 +308,3 @@ def decode_step(shape: ModelShape, entries: Sequence[float]) -> float:
 
 
 CONVENTIONS: dict[str, Callable[[ModelShape, Profile], float]] = {"macs": macs, "flops": flops, "full": full}
-
-
-def profiles(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
-    """The token profile of every sample of one forward pass, read off the ledger.
-
-    A ledger without ``tower_tokens`` stands for a tower that no method touched.
-    """
-    layout, samples = ledger.layout, ledger.samples
-    layers = _tower_by_view(shape, ledger)
-    pairs = [counts.tolist() for counts in ledger.tower_pairs]
-    if not pairs:
-        pairs = [[n * n for n in row] for row in layers] if ledger.tower_tokens else shape.native_pairs(layout)
-    found = []
-    for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(ledger), strict=True)):
-        own = [(i, image) for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
-        found.append(
-            Profile(
-                visual=tuple(sample.layer_tokens),
-                text=sample.text_tokens,
-                **_tower_sums(layers, pairs, mine),
-                projected=sum(_projected(shape, layout, i, image) for i, image in own)
-                + _side_tokens(shape, layers, mine),
-                compressor=ledger.compressor_flops / len(samples),
-            )
-        )
-    return found
-
-
-def _projected(shape: ModelShape, layout: Layout, number: int, image: ImageRecord) -> int:
-    """Rows that the projector takes of one image or video: all, where the model pools behind it, or the chosen ones."""
-    if shape.whole_projector:
-        return image.n_original
-    owners = layout.view_image.tolist()
-    if layout.projected and (
-        whole := sum(n for n, i in zip(layout.projected, owners, strict=True) if i == layout.source[number])
-    ):
-        return whole
-    return int((~image.is_newline[image.kept]).sum())
-
-
-def _images_of(layout: Layout, row: int) -> list[int]:
-    return [i for i, sample in enumerate(layout.sample) if sample == row]
-
-
-def _first(layout: Layout, image: int) -> bool:
-    """Whether a placed image is the first copy of what the tower saw: rows that share an image (beams) pay once."""
-    return layout.source.index(layout.source[image]) == image
-
-
-def _views_of_samples(ledger: VisualTokens) -> list[list[int]]:
-    """The views whose pass through the tower each sample pays for."""
-    layout, owners = ledger.layout, ledger.layout.view_image.tolist()
-    rows = [layout.sample[layout.source.index(i)] if i in layout.source else None for i in owners]
-    return [[view for view, owner in enumerate(rows) if owner == row] for row in range(len(ledger.samples))]
-
-
-def _tower_by_view(shape: ModelShape, ledger: VisualTokens) -> list[list[float]]:
-    """Tokens of every view in every vision layer."""
-    if ledger.tower_views:
-        return [counts.tolist() for counts in ledger.tower_views]
-    views = len(ledger.layout.view_image)
-    if ledger.tower_tokens:
-        # a tower that does not pack pads its views to the longest, and the padding is computed too
-        return [[n / views] * views for n in ledger.tower_tokens]
-    return [list(map(float, shape.native_views(ledger.layout)))] * shape.tower.layers
-
-
-def _side_tokens(shape: ModelShape, layers: list[list[float]], views: list[int]) -> float:
-    """Tokens of ``views`` that pass a projector in the tower's middle: what its layer leaves to the next one."""
-    last = len(layers) - 1
-    return sum(layers[min(layer + 1, last)][v] for layer in shape.side_layers for v in views) / shape.group
-
-
-def _tower_sums(layers: list[list[float]], pairs: list[list[float]], views: list[int]) -> dict[str, Any]:
-    if not views:
-        return {}
-    return {
-        "views": len(views),
-        "tower": tuple(sum(counts[v] for v in views) for counts in layers),
-        "tower_pairs": tuple(sum(counts[v] for v in views) for counts in pairs),
-    }
-
-
-def cache_entries(ledger: VisualTokens) -> list[list[float]]:
-    """Real tokens (padding left out) that each decoder layer's cache holds after the prefill, for every sample."""
-    entries: list[list[float]] = [[n + sample.text_tokens for n in sample.layer_tokens] for sample in ledger.samples]
-    if ledger.cache_lengths is None:
-        return entries
-    # a CACHE method cut further: the stored length counts padding too, so it only ever lowers a sample's own number
-    return [[min(n, held) for n, held in zip(row, ledger.cache_lengths, strict=True)] for row in entries]
-
-
-def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
-    """What the same samples cost when every token of theirs goes all the way."""
-    native = shape.native_views(ledger.layout)
-    layers, pairs = [list(map(float, native))] * shape.tower.layers, shape.native_pairs(ledger.layout)
-    views, sizes = _views_of_samples(ledger), ledger.layout.view_sizes
-    rows = [whole or n for whole, n in zip(ledger.layout.projected or [0] * len(sizes), sizes, strict=True)]
-    found = []
-    for sample, mine in zip(ledger.samples, views, strict=True):
-        n = sum(image.n_original for image in sample.images)
-        found.append(
-            Profile(
-                visual=(n,) * ledger.n_layers,
-                text=sample.text_tokens,
-                **_tower_sums(layers, pairs, mine),
-                projected=sum(rows[v] for v in mine) + _side_tokens(shape, layers, mine),
-            )
-        )
-    return found

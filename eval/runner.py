@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import flops as counter
+from . import profiles
 from .latency import Timing, interleaved, milliseconds, peak_bytes, refuse_zeros
 from .loading import answer, encode_chats, first_sentence
 from .rows import UNCOMPRESSED, Row
@@ -121,7 +122,12 @@ def _batch(
     size = model.dtype.itemsize
     lines = []
     for (task, sample), prediction, record, profile, entries in zip(
-        batch, predictions, ledger.samples, counter.profiles(shape, ledger), counter.cache_entries(ledger), strict=True
+        batch,
+        predictions,
+        ledger.samples,
+        profiles.compressed(shape, ledger),
+        profiles.cache_entries(ledger),
+        strict=True,
     ):
         lines.append(
             {

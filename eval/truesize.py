@@ -27,7 +27,7 @@ from ..attach import compress
 from ..hooks.decoder import cache_keyword
 from ..ledger import VisualTokens
 from . import flops as formula
-from . import narrow, synthetic
+from . import narrow, profiles, synthetic
 
 #: how far the formula may be from the count of the real modules
 TOLERANCE = 0.01
@@ -93,7 +93,7 @@ def count(
     ledgers = [_ledger(config, step, method, options, image, text_tokens) for step in narrow.STEPS]
     ledger = ledgers[0]
     own = narrow.compressor_flops([it.compressor_flops for it in ledgers], narrow.STEPS, narrow.factor(config))
-    (after,), (before,) = formula.profiles(shape, ledger), formula.uncompressed(shape, ledger)
+    (after,), (before,) = profiles.compressed(shape, ledger), profiles.uncompressed(shape, ledger)
     tower, projector = _vision(model, image)
     text = _TextCounter(adapter_for(model))
     native = formula.full_count(shape, before)
@@ -120,7 +120,7 @@ def count(
         parameters=sum(p.numel() for p in model.parameters()),
         text_tokens=int(before.text),
         uncompressed=stages(before, full_entries, 0.0),
-        compressed=stages(after, formula.cache_entries(ledger)[0], own),
+        compressed=stages(after, profiles.cache_entries(ledger)[0], own),
         varies=len({(tuple(it.layer_tokens), tuple(it.tower_tokens)) for it in ledgers}) > 1,
     )
 

@@ -88,7 +88,10 @@ def paligemma(attention: str = "sdpa", second: bool = False):
     if second:
         text |= dict(sliding_window=12, query_pre_attn_scalar=16, attn_logit_softcapping=None)
     config = PaliGemmaConfig(
-        vision_config=dict(**VISION, image_size=16, patch_size=4, model_type="siglip_vision_model", vision_use_head=False), text_config=text,
+        vision_config=dict(
+            **VISION, image_size=16, patch_size=4, model_type="siglip_vision_model", vision_use_head=False
+        ),
+        text_config=text,
         image_token_id=IMAGE, projection_dim=TEXT["hidden_size"],
     )  # fmt: skip
     # the second generation's Gemma has no fused attention
@@ -122,7 +125,9 @@ class Family:
 
 FAMILIES = {
     "internvl": Family(internvl, tiled=True),
-    "internvl-qk-norm": Family(lambda attention="sdpa": internvl(attention, use_qk_norm=True, norm_type="rms_norm"), tiled=True),
+    "internvl-qk-norm": Family(
+        lambda attention="sdpa": internvl(attention, use_qk_norm=True, norm_type="rms_norm"), tiled=True
+    ),
     "smolvlm": Family(smolvlm, tiled=True),
     "idefics3": Family(lambda attention="sdpa": smolvlm(attention, old=True), tiled=True),
     "gemma3": Family(gemma3),

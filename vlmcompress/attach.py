@@ -14,19 +14,18 @@ from transformers import Cache, PreTrainedModel
 
 from .adapters.base import PIXELS, Adapter, adapter_for
 from .compat import REPLAYS_HOOKS, cache_of
-from .hooks.cache import check_cache, managed
-from .hooks.decoder import dropped_columns, enter, restore_length
-from .hooks.entry import choose, tokenwise, watch_projector
+from .hooks.cache import by_modality, check_cache, managed
+from .hooks.decoder import blank_labels, dropped_columns, enter, restore_length
+from .hooks.entry import check_features, choose, tokenwise, watch_projector
 from .hooks.eviction import settle
 from .hooks.join import join
-from .hooks.layers import after_layer, before_layer
+from .hooks.layers import after_layer, before_layer, watch_parts
 from .hooks.run import RUN_KEYWORD, Run, Vision
 from .hooks.tower import watch_tower
 from .ledger import VisualTokens
 from .method import POSITIONS, Composition, Method, Stage, create
 from .projectors import check_loaded
 from .report import Report
-from .tokens import Layout, Selection
 
 _ATTRIBUTE = "_vlmcompress_handle"
 
@@ -154,7 +153,7 @@ class Handle:
         """
         if not managed(cache) or not self._cache:
             raise ValueError("No method that acts on the cache has worked on this one.")
-        return [(float(visual.sum()), float(text.sum())) for visual, text in (x.by_modality() for x in cache.layers)]
+        return [(float(visual.sum()), float(text.sum())) for visual, text in by_modality(cache)]
 
     # taking off -------------------------------------------------------------------------------------------------
     def remove(self) -> None:
@@ -216,20 +215,7 @@ class Handle:
             self._hooks.append(layer.register_forward_hook(_eager(self._after_layer(index)), prepend=True))
             for method in self._prefill:
                 if index in method.watch_layers(self.adapter):
-                    self._watch(method, index, layer)
-
-    def _watch(self, method: Method, index: int, layer: nn.Module) -> None:
-        def attention(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            if self._watching is not None:
-                inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                method.watch(index, "attention", inputs, output[0], self._watching.state(method))
-
-        def mlp(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._watching is not None:
-                method.watch(index, "mlp", args[0], output, self._watching.state(method))
-
-        self._hooks.append(layer.get_submodule("self_attn").register_forward_hook(_eager(attention), with_kwargs=True))
-        self._hooks.append(layer.get_submodule("mlp").register_forward_hook(_eager(mlp)))
+                    self._hooks += watch_parts(layer, index, method, lambda: self._watching, _eager)
 
     @property
     def _run(self) -> Run | None:
@@ -360,23 +346,9 @@ class Handle:
                 choose(vision, self._before, self.adapter)
             part = Run.of(vision, self.adapter.placeholders(given, kind))
             if part.layout is not None and part.selection is not None and tokenwise(vision, self.adapter):
-                self._check_features(part.layout, part.selection, embeds)
+                check_features(part.layout, part.selection, embeds)
             parts.append(part)
         return join(parts) if parts else Run()
-
-    @staticmethod
-    def _check_features(layout: Layout, selection: Selection, embeds: Tensor) -> None:
-        """Refuse features of another pass: dropped places, and only those, hold NaN."""
-        real = torch.arange(selection.keep.shape[1], device=embeds.device) < torch.tensor(
-            selection.counts, device=embeds.device
-        ).unsqueeze(1)
-        kept = torch.zeros_like(layout.valid)
-        kept[torch.arange(len(layout), device=embeds.device)[:, None].expand_as(real)[real], selection.keep[real]] = (
-            True
-        )
-        gone = embeds[layout.batch_index, layout.column][..., 0].isnan()
-        if bool(((gone == kept) & layout.valid & (layout.cell >= 0)).any()):
-            raise ValueError("The image features of this call come from another pass; pass pixel_values instead.")
 
     def _before_language_model(self, module: nn.Module, args: tuple, kwargs: dict):
         embeds = kwargs.get("inputs_embeds")
@@ -405,12 +377,12 @@ class Handle:
                 settle(run, self._cache, self.adapter, self._policies)
             run.cache_lengths = [layer.stored for layer in run.cache.layers]
             if run.layout is not None and self._cache:
-                run.cache_modality = [layer.by_modality() for layer in run.cache.layers]
+                run.cache_modality = by_modality(run.cache)
         if run.layout is not None:
             self._last = run.ledger(len(self.adapter.decoder_layers))
             labels = getattr(self._local, "labels", None)
             if labels is not None:
-                _blank(labels, dropped_columns(run))
+                blank_labels(labels, dropped_columns(run))
         if run.frame.index.shape[1] == run.columns and run.selection is None and len(run.frames) == 1:
             return None
         if isinstance(output, tuple):
@@ -444,13 +416,6 @@ class Handle:
             return (shorter, *output[1:]) if isinstance(output, tuple) else shorter
 
         return hook
-
-
-def _blank(labels: Tensor, dropped: Tensor) -> None:
-    """Ignore the labels of dropped positions and those that a dropped position would have to predict."""
-    labels.masked_fill_(dropped.to(labels.device), -100)
-    predicted = torch.nn.functional.pad(dropped, (1, 0))[:, :-1]
-    labels.masked_fill_(predicted.to(labels.device), -100)
 
 
 def _eager(hook):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .eval import flops as counter
+from .eval import profiles
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class Report:
         size = _bytes_per_number(dtype or config.dtype) * counter.kv_numbers(config.get_text_config())
         tokens_before = sum(image.n_original for image in images)
         text = sum(sample.text_tokens for sample in samples)
-        entries = [sum(layer) for layer in zip(*counter.cache_entries(ledger), strict=True)]
+        entries = [sum(layer) for layer in zip(*profiles.cache_entries(ledger), strict=True)]
         return cls(
             samples=len(samples),
             images=sum(image.kind == "image" for image in images),
@@ -125,10 +126,10 @@ def _flops(config: Any, ledger: VisualTokens) -> tuple[dict[str, float], dict[st
         shape = counter.ModelShape.from_config(config)
     except counter.UnknownFlopsError as error:
         return {}, {}, f"FLOPs are not known for the {error.what}."
-    after, before = counter.profiles(shape, ledger), counter.uncompressed(shape, ledger)
+    after, before = profiles.compressed(shape, ledger), profiles.uncompressed(shape, ledger)
 
-    def summed(profiles: list[counter.Profile]) -> dict[str, float]:
-        return {name: sum(count(shape, p) for p in profiles) for name, count in counter.CONVENTIONS.items()}
+    def summed(samples: list[counter.Profile]) -> dict[str, float]:
+        return {name: sum(count(shape, p) for p in samples) for name, count in counter.CONVENTIONS.items()}
 
     return summed(after), summed(before), ""
 

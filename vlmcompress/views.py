@@ -7,18 +7,19 @@ are, and no ``[heads, N, N]`` tensor is formed to get them.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cache_views import AttendLayer, CacheLayer, Eviction
 from .dtypes import LongTensor
 from .method import tokens_to_keep
 from .ops.pool import pool_grid
-from .ops.scores import attention_row, softmax_of
+from .ops.scores import attention_row
 from .ops.select import largest_remainder, top_indices, top_mask
 from .tokens import Frame, Layout, Selection
 
@@ -45,7 +46,8 @@ class TowerLayer:
     ``bias`` [V, prefix + n] or None: what is added to attention logits per key (padding, merged sizes). The projector
     joins ``group`` patches to a token: patch ``group · c + j`` belongs to cell c. ``whole_tokens``: the patches of one
     token can only leave together. ``global_layers``: vision layers in which a patch sees its whole view; in the others
-    it attends inside a window only, which ``q`` and ``k`` do not show.
+    it attends inside a window only, which ``q`` and ``k`` do not show. ``plain_k``: the keys before any rotary embedding.
+    ``native``: views keep their own resolution instead of being brought to one size.
     """
 
     index: int
@@ -65,6 +67,8 @@ class TowerLayer:
     group: int = 1
     whole_tokens: bool = False
     global_layers: Sequence[int] = ()
+    plain_k: Tensor | None = None
+    native: bool = False
     _following: Callable[[], Tensor] | None = None
 
     @property
@@ -245,6 +249,19 @@ class EntryTokens:
         pieces = pixels.split([n * (len(pixels) // sum(sizes)) for n in sizes])
         return torch.cat([piece for piece, ours in zip(pieces, mine, strict=True) if ours])
 
+    def noise(self, seed: int) -> Tensor:
+        """[I, n_max] fp32, uniform in [0, 1): drawn from ``seed`` and each image's own pixels.
+
+        An image gets the same noise alone, in any batch, and when a checkpointed tower runs again.
+        """
+        table = torch.zeros(self.layout.cell.shape)
+        for image, n in enumerate(self.layout.n):
+            pixels = self.pixels_of(image)
+            digest = 0 if pixels is None else zlib.crc32(pixels.detach().float().cpu().numpy().tobytes())
+            generator = torch.Generator().manual_seed(seed + (digest << 16))
+            table[image, :n] = torch.rand(n, generator=generator)
+        return table.to(self.layout.cell.device)
+
     def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
         """[V, N, ...] per view and cell → [I, n_max, ...] in image order."""
         return self.layout.of_views(per_cell, fill)
@@ -351,107 +368,3 @@ class Cut:
 
     mask: Tensor
     counts: list[int]
-
-
-# CACHE ----------------------------------------------------------------------------------------------------------
-@dataclass
-class CacheLayer:
-    """Keys and values of one decoder layer after it has run on ``new`` further tokens.
-
-    ``keys``, ``values`` [B, H_kv, n, d], the new tokens last; ``valid`` [B, 1 or H_kv, n] or None; ``prefill``: more
-    than one token was just run, a prompt; ``visual`` [B, 1 or H_kv, n] bool or None: entries of visual tokens;
-    ``groups``: query heads per KV head. ``reached`` [B, n] bool or None: entries whose token went through to the last
-    decoder layer, known to :meth:`Method.settle` only.
-
-    ``books`` and ``memory`` belong to the method and stay with the cache from call to call: a tensor in ``books``
-    holds a value per entry, [B, 1 or H_kv, n, ...], and is cut, reordered (beams) and grown (with zeros) as the keys
-    are; tensors in ``memory`` start with the batch and are reordered, other things stay as they are.
-    """
-
-    index: int
-    depth: int
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-    new: int
-    prefill: bool
-    visual: Tensor | None
-    groups: int
-    books: dict[str, Tensor]
-    memory: dict[str, Any]
-    _logits: Callable[[LongTensor, int | None], Tensor]
-    _unrotated: Callable[[], Tensor]
-    reached: Tensor | None = None
-
-    def logits(self, rows: LongTensor, upto: int | None = None) -> Tensor:
-        """[B, H, R, n] fp32 attention logits, scaled, of the new tokens ``rows`` [B, R] (0 … new-1; -1: padding).
-
-        Minus infinity where a row may not look. ``upto``: only the first so many entries are asked about. Ask for few
-        rows at a time: all rows of a long prompt at once would be a [heads, N, N] tensor.
-        """
-        return self._logits(rows, upto)
-
-    def attention(self, rows: LongTensor) -> Tensor:
-        """[B, H, R, n] fp32: the softmax of :meth:`logits`; padding rows are zeros."""
-        return softmax_of(self.logits(rows))
-
-    def chunks(self, most: int = 2**24) -> Iterator[tuple[LongTensor, int]]:
-        """The new tokens in runs of rows whose logits have at most ``most`` elements (but at least one row).
-
-        Yields rows [B, R], -1 where a token is padding, and the number of entries that the last of them may see.
-        """
-        batch, heads, n, _ = self.keys.shape
-        step = max(1, most // (batch * heads * self.groups * n))
-        rows = torch.arange(self.new, device=self.keys.device).expand(batch, -1)
-        if self.valid is not None:
-            rows = rows.masked_fill(~self.valid[..., n - self.new :].any(1), -1)
-        for start in range(0, self.new, step):
-            end = min(start + step, self.new)
-            yield rows[:, start:end], n - self.new + end
-
-    def by_group(self, per_head: Tensor) -> Tensor:
-        """[B, H, ...] per query head → [B, H_kv, ...]: the sum over the query heads that share a KV head."""
-        return per_head if self.groups == 1 else per_head.unflatten(1, (-1, self.groups)).sum(2)
-
-    def new_keys_unrotated(self) -> Tensor:
-        """[B, H_kv, new, d] keys of the new tokens before the rotary embedding."""
-        return self._unrotated()
-
-
-@dataclass
-class AttendLayer:
-    """One decoder layer before it runs on ``new`` tokens, with the entries that its cache already holds.
-
-    ``keys`` [B, H_kv, n, d]; ``valid`` [B, 1 or H_kv, n] or None; ``new_valid`` [B, new] or None: new tokens that are
-    not padding; ``books`` and ``memory`` as in :class:`CacheLayer`.
-    """
-
-    index: int
-    depth: int
-    keys: Tensor
-    valid: Tensor | None
-    new: int
-    new_valid: Tensor | None
-    books: dict[str, Tensor]
-    memory: dict[str, Any]
-    _query: Callable[[LongTensor | None], Tensor]
-
-    def query(self, positions: LongTensor | None = None) -> Tensor:
-        """[B, H, new, d] queries of the new tokens, rotated to ``positions`` [B or 1, new] (None: their own)."""
-        return self._query(positions)
-
-
-@dataclass
-class Eviction:
-    """``keep`` [B, 1 or H_kv, K]: sorted entries that stay; ``valid`` of the same shape marks the real ones (None: all).
-
-    ``shift`` [B]: how far later tokens move up in this layer's position ids, beyond what left before; only for methods
-    whose released code does so, and only followed under contiguous positions. ``hide`` [B, 1 or H_kv, n] marks entries
-    that stay in memory, but are not shown to the next tokens; it replaces what was hidden before. ``keep`` None: all
-    stay.
-    """
-
-    keep: LongTensor | None = None
-    valid: Tensor | None = None
-    shift: LongTensor | None = None
-    hide: Tensor | None = None

@@ -31,8 +31,8 @@ from vlmcompress.eval.flops import (
     full,
     full_count,
     macs,
-    profiles,
 )
+from vlmcompress.eval.profiles import compressed
 from vlmcompress.views import TowerEdit
 
 
@@ -251,7 +251,7 @@ def test_later_qwen_agrees_with_torch(later_qwen, method, options):
 def test_every_view_attends_to_itself_only(qwen):
     ledger, report, total = counted(qwen, prompts_qwen(TWO_SIZES), FirstBlocks())
     shape = ModelShape.from_config(qwen.config)
-    (profile,) = profiles(shape, ledger)
+    (profile,) = compressed(shape, ledger)
     assert [v.tolist() for v in ledger.tower_views] == [[96, 24]] * 2 + [[32, 8]] * 2
     assert profile.tower == (120, 120, 40, 40)
     assert profile.tower_pairs == (96**2 + 24**2,) * 2 + (32**2 + 8**2,) * 2
@@ -266,8 +266,8 @@ def test_qwen_samples_of_a_batch_cost_what_they_cost_alone(qwen):
     spec = [[5, (4, 6), 3, (2, 3), 7], [9, (3, 4), 2], [6]]
     together, _, _ = counted(qwen, prompts_qwen(spec), FirstBlocks())
     alone = [counted(qwen, prompts_qwen([row]), FirstBlocks())[0] for row in spec[:2]]
-    *pictured, text_only = [full(shape, p) for p in profiles(shape, together)]
-    assert pictured == [full(shape, profiles(shape, ledger)[0]) for ledger in alone]
+    *pictured, text_only = [full(shape, p) for p in compressed(shape, together)]
+    assert pictured == [full(shape, compressed(shape, ledger)[0]) for ledger in alone]
     assert text_only == full(shape, Profile((0,) * 4, text=6))
 
 
@@ -278,6 +278,6 @@ def test_rows_that_share_an_image_pay_for_it_once(qwen):
     with vlmcompress.compress(qwen, "grid", keep=6) as handle, torch.no_grad():
         qwen.generate(**inputs, num_beams=2, max_new_tokens=2, do_sample=False)
         beams = handle.last
-    (alone,), (first, second) = profiles(shape, once), profiles(shape, beams)
+    (alone,), (first, second) = compressed(shape, once), compressed(shape, beams)
     assert first == alone
     assert (second.views, second.projected, second.visual) == (0, 0, alone.visual)

@@ -66,9 +66,7 @@ def test_the_command_line_of_lmms_eval_gives_our_runners_answers(loaded, samples
         theirs = {samples[task][row["doc_id"]].id: row for row in map(json.loads, lines)}
         mine = {a["id"]: a for a in ours if a["task"] == task}
         assert set(theirs) == set(mine)
-        assert {i: row["filtered_resps"] for i, row in theirs.items()} == {
-            i: a["prediction"] for i, a in mine.items()
-        }
+        assert {i: row["filtered_resps"] for i, row in theirs.items()} == {i: a["prediction"] for i, a in mine.items()}
         assert {i: row["accuracy"] for i, row in theirs.items()} == {i: a["correct"] for i, a in mine.items()}
         assert totals[task]["accuracy,none"] == pytest.approx(sum(a["correct"] for a in mine.values()) / LIMIT)
     # it says what was kept: 24 prompts in batches of five, the last of two or four

@@ -12,8 +12,9 @@ from PIL import Image
 import vlmcompress
 from vlmcompress.commands.evaluate import Settings, evaluate
 from vlmcompress.eval import results, runner, table
-from vlmcompress.eval.flops import ModelShape, profiles
+from vlmcompress.eval.flops import ModelShape
 from vlmcompress.eval.loading import answer, encode, fingerprint, load
+from vlmcompress.eval.profiles import compressed
 from vlmcompress.eval.rows import STANDARD, Row, parse_keep, plan
 from vlmcompress.eval.store import Store
 from vlmcompress.eval.tasks import Sample
@@ -155,7 +156,7 @@ def test_profiles_are_the_same_batched_and_alone(loaded, samples):
     def ask(batch):
         with vlmcompress.compress(model, "fastv", keep=9, layer=1) as handle:
             answer(model, processor, encode(model, processor, [s.image for s in batch], [s.question for s in batch]), 1)
-            return profiles(shape, handle.last)
+            return compressed(shape, handle.last)
 
     for batched, alone in zip(ask(chosen), [ask([sample])[0] for sample in chosen], strict=True):
         assert replace(batched, compressor=0) == replace(alone, compressor=0)

@@ -12,7 +12,8 @@ from reference import cleared, entering, real_slots, reference, shown
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmcompress
-from vlmcompress.eval.flops import ModelShape, full, profiles, uncompressed
+from vlmcompress.eval.flops import ModelShape, full
+from vlmcompress.eval.profiles import compressed, uncompressed
 
 torch.set_num_threads(1)
 #: a random model would otherwise answer with placeholders
@@ -265,7 +266,7 @@ def test_flops_agree_with_torch(family):
     for name, options in (("none", {}), ("vtc-cls", {"keep": 7})):
         with vlmcompress.compress(model, name, **options) as handle, FlopCounterMode(display=False) as counter:
             model(**inputs, logits_to_keep=1)
-        (profile,) = profiles(shape, handle.last)
+        (profile,) = compressed(shape, handle.last)
         method = profile.compressor
         assert full(shape, profile) - method == pytest.approx(counter.get_total_flops() - method, rel=0.03)
         assert "1 image(s), 1 video(s)," in str(handle.report())

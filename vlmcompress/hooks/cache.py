@@ -243,3 +243,8 @@ def check_cache(cache: Cache) -> None:
 def managed(cache: Cache | None) -> bool:
     """Whether compression has taken over this cache's layers."""
     return cache is not None and bool(cache.layers) and isinstance(cache.layers[0], _Logical)
+
+
+def by_modality(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Entries of visual tokens and of text in every layer of a managed cache, see :meth:`_Logical.by_modality`."""
+    return [layer.by_modality() for layer in cache.layers if isinstance(layer, _Logical)]

@@ -275,3 +275,10 @@ def dropped_columns(run: Run) -> Tensor:
     out[rows[layout.valid], layout.column[layout.valid]] = True
     alive = torch.zeros_like(out).scatter(1, frame.index, frame.visual)
     return out & ~alive
+
+
+def blank_labels(labels: Tensor, dropped: Tensor) -> None:
+    """Ignore the labels of dropped positions and those that a dropped position would have to predict."""
+    labels.masked_fill_(dropped.to(labels.device), -100)
+    predicted = torch.nn.functional.pad(dropped, (1, 0))[:, :-1]
+    labels.masked_fill_(predicted.to(labels.device), -100)

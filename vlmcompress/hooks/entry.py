@@ -174,3 +174,15 @@ def _like_stock(table: Tensor, vision: Vision, adapter: Adapter) -> Tensor:
         return table
     full = start(vision.layout, 1)
     return pack(table, full.valid, full.full_order)
+
+
+def check_features(layout: Layout, selection: Selection, embeds: Tensor) -> None:
+    """Refuse features of another pass: dropped places, and only those, hold NaN."""
+    real = torch.arange(selection.keep.shape[1], device=embeds.device) < torch.tensor(
+        selection.counts, device=embeds.device
+    ).unsqueeze(1)
+    kept = torch.zeros_like(layout.valid)
+    kept[torch.arange(len(layout), device=embeds.device)[:, None].expand_as(real)[real], selection.keep[real]] = True
+    gone = embeds[layout.batch_index, layout.column][..., 0].isnan()
+    if bool(((gone == kept) & layout.valid & (layout.cell >= 0)).any()):
+        raise ValueError("The image features of this call come from another pass; pass pixel_values instead.")

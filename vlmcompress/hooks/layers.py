@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import LongTensor
 from ..views import PrefillLayer
@@ -137,3 +137,26 @@ def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddin
 
     assert run.layout is not None
     return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, own_values, cost)
+
+
+def watch_parts(
+    layer: nn.Module, index: int, method: Method, watched: Callable[[], Run | None], wrap: Callable[[Any], Any]
+) -> list[Any]:
+    """Hooks that show ``method`` what goes in and out of a layer's attention and feed-forward block.
+
+    ``watched``: the run to report to, None outside of one; ``wrap`` goes around every hook. Returns their handles.
+    """
+
+    def attention(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        if (run := watched()) is not None:
+            inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            method.watch(index, "attention", inputs, output[0], run.state(method))
+
+    def mlp(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if (run := watched()) is not None:
+            method.watch(index, "mlp", args[0], output, run.state(method))
+
+    return [
+        layer.get_submodule("self_attn").register_forward_hook(wrap(attention), with_kwargs=True),
+        layer.get_submodule("mlp").register_forward_hook(wrap(mlp)),
+    ]

@@ -98,6 +98,8 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
         def after(module: nn.Module, args: tuple, output):
             hidden = output[0] if isinstance(output, tuple) else output
             qkv = adapter.split_qkv(index, taps)
+            plain = adapter.unrotated_keys(index, taps)
+            qkv = [*qkv, qkv[1] if plain is None else plain]
             taps.clear()
             tower = vision.tower
             assert tower is not None
@@ -211,13 +213,14 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
     assert tower is not None
     prefix = adapter.tower_prefix
     for method in callers:
-        q, k, v = qkv
+        q, k, v, plain = qkv
         layer = TowerLayer(
             index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden,
             q=q, k=k, v=v, scale=adapter.tower_scale,
             prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
             bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
-            whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers,
+            whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers, plain_k=plain,
+            native=adapter.packed_tower,
             _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
         )  # fmt: skip
         edit = method.tower(layer, vision.state(method))

@@ -43,8 +43,8 @@ def retain(
         all are, that is without ``valid`` and with one budget for all rows).
     """
     n = scores.shape[-1]
-    ragged = valid is not None or isinstance(best, Tensor) or isinstance(recent, Tensor)
-    if visual_share is None and not ragged and n == width + 1:
+    alike = valid is None and not isinstance(best, Tensor) and not isinstance(recent, Tensor)
+    if visual_share is None and alike and isinstance(recent, int) and n == width + 1:
         return _all_but_one(scores, recent, sinks), None
     best, recent = _column(best), _column(recent)
     if valid is None:
@@ -67,7 +67,7 @@ def retain(
         chosen = chosen & valid.expand_as(scores).gather(-1, order)
     kept = order.masked_fill(~chosen, -1).sort(dim=-1).values[..., n - min(n, width) :]
     # padding points at an entry that leaves, or at one that is padding itself
-    return torch.where(kept < 0, order[..., -1:], kept), kept >= 0 if ragged else None
+    return torch.where(kept < 0, order[..., -1:], kept), None if alike else kept >= 0
 
 
 def _all_but_one(scores: Tensor, recent: int, sinks: int) -> LongTensor:
