@@ -46,7 +46,7 @@ def tiny_llava_next(
     threads: Threads = None,
     share: Share = 1.0,
 ) -> None:
-    """Train tiny-llava-next from tiny-llava (about 45 minutes on two CPU cores)."""
+    """Train tiny-llava-next from tiny-llava (about 20 minutes on two quiet CPU cores)."""
     from .tiny_llava_next import NextRecipe, train_tiny_llava_next
 
     if not (base / "config.json").is_file():

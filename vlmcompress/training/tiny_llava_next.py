@@ -30,8 +30,8 @@ class NextRecipe:
     """Everything that decides the outcome, besides the base model and the machine."""
 
     seed: int = 0
-    steps: int = 800
-    small_steps: int = 250
+    steps: int = 850
+    small_steps: int = 150
     batch: int = 8
     questions: int = 16
     rate: float = 6e-4
