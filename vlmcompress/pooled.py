@@ -28,9 +28,12 @@ def centres(rows: int, cols: int, h: int, w: int) -> LongTensor:
     return (even_indices(rows, h)[:, None] * cols + even_indices(cols, w)).flatten()
 
 
-def rectangles(views: Tensor, across: int) -> Iterator[tuple[LongTensor, tuple[int, int]]]:
-    """Of every view in ``views`` [V, N] bool: its present cells in raster order and their (rows, columns)."""
-    for present in views:
+def rectangles(views: Tensor, widths: Sequence[int]) -> Iterator[tuple[LongTensor, tuple[int, int]]]:
+    """Of every view in ``views`` [V, N] bool: its present cells in raster order and their (rows, columns).
+
+    ``widths``: columns of each view's whole grid.
+    """
+    for present, across in zip(views, widths, strict=True):
         cells = present.nonzero()[:, 0]
         rows = len((cells // across).unique())
         yield cells, (rows, len(cells) // max(1, rows))
@@ -63,7 +66,7 @@ def pooled_views(tokens: EntryTokens, target: ViewTarget, pooling: Pooling = poo
     views = tokens.view_cells().cpu()
     mask, home = torch.zeros_like(views), torch.full(views.shape, -1)
     table = tokens.rows.clone()
-    for v, (cells, (rows, cols)) in enumerate(rectangles(views, layout.view_grid[1])):
+    for v, (cells, (rows, cols)) in enumerate(rectangles(views, layout.view_widths)):
         h, w = target(v, rows, cols) if len(cells) else (0, 0)
         if not h * w:
             continue

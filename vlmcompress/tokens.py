@@ -107,7 +107,14 @@ class Layout:
     @property
     def by_views(self) -> bool:
         """Whether an image's crops, or a video's frames, are rectangles of one kind of grid, to be treated one by one."""
-        return self.thumbnail is not None or ("video" in self.kind and self.view_n is None)
+        return self.thumbnail is not None or "video" in self.kind
+
+    @property
+    def view_widths(self) -> list[int]:
+        """Columns of every view's grid."""
+        if self.view_n is None:
+            return [self.view_grid[1]] * len(self.view_image)
+        return [self.grid[image][1] for image in self.view_image.tolist()]
 
     @property
     def one_view(self) -> bool:

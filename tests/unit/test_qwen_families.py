@@ -23,6 +23,7 @@ FILTERS = {"layers": (0, 1), "keep": 0.5}
 METHODS = [
     ("vtc-cls", {"keep": 5}),
     ("vtc-cls", {"keep": 0.3, "score": "mean_query", "layers": 2}),
+    ("pool", {"keep": 5}),
     ("no-vision", {}),
     ("fastv", {"keep": 5, "layer": 1}),
     ("transprune", {"layers": (1, 2, 3), "fractions": (0.8, 0.5, 0.2)}),
@@ -138,8 +139,8 @@ def slow(model, entry, valid, alive, later, later_alive):
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    ("name", "options"), [m for m in METHODS if m[0] not in ("flowcut", "keep-last")],
-    ids=[n for n, m in zip(names, METHODS, strict=True) if m[0] not in ("flowcut", "keep-last")],
+    ("name", "options"), [m for m in METHODS if m[0] not in ("pool", "flowcut", "keep-last")],
+    ids=[n for n, m in zip(names, METHODS, strict=True) if m[0] not in ("pool", "flowcut", "keep-last")],
 )  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

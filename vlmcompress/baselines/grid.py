@@ -57,7 +57,7 @@ class Grid(_KeepOnly):
         if tokens.layout.by_views:
             views, budgets = tokens.view_cells().cpu(), tokens.view_budgets(self.keep)
             mask = torch.zeros_like(views)
-            for v, (cells, (rows, cols)) in enumerate(rectangles(views, tokens.layout.view_grid[1])):
+            for v, (cells, (rows, cols)) in enumerate(rectangles(views, tokens.layout.view_widths)):
                 mask[v, cells[_even_cells(rows, cols, budgets[v])]] = True
             return tokens.select_mask(tokens.of_views(mask.to(tokens.rows.device), fill=False))
         counts = tokens.budgets(self.keep)
