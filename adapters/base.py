@@ -184,6 +184,10 @@ class Adapter:
         q, k, v = (taps[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
         return q, k, v
 
+    def unrotated_keys(self, index: int, taps: dict[str, Any]) -> Tensor | None:
+        """Keys of one vision layer before any rotary embedding, in the form of :meth:`split_qkv`; None: its keys are."""
+        return None
+
     def tower_arguments(self, kwargs: dict[str, Any], rows: LongTensor, counts: LongTensor) -> dict[str, Any]:
         """Packed towers: a layer's arguments when only ``rows`` [S'] of the full pack are left.
 

@@ -69,6 +69,9 @@ class QwenVLAdapter(Adapter):
         cos, sin = (table.unsqueeze(1).float() for table in taps["arguments"]["position_embeddings"])
         return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
+    def unrotated_keys(self, index: int, taps: dict[str, Any]) -> Tensor | None:
+        return taps["qkv"].unflatten(-1, (3, self.tower_layers[index].attn.num_heads, -1)).unbind(1)[1]
+
     def tower_arguments(self, kwargs: dict[str, Any], rows: LongTensor, counts: LongTensor) -> dict[str, Any]:
         ends = nn.functional.pad(counts.cumsum(0), (1, 0)).to(kwargs["cu_seqlens"].dtype)
         changed = {

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from ..method import Method, Stage, check_keep
 from ..registry import register_method
@@ -36,15 +33,5 @@ class Random(Method):
         check_keep(self.keep)
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
-        layout = tokens.layout
-        scores = torch.full(layout.cell.shape, float("-inf"))
-        for image, n in enumerate(layout.n):
-            generator = torch.Generator().manual_seed(self.seed + (self._digest(tokens, image) << 16))
-            scores[image, :n] = torch.rand(n, generator=generator)
-        return tokens.select(scores.to(layout.cell.device), self.keep)
-
-    @staticmethod
-    def _digest(tokens: EntryTokens, image: int) -> int:
-        """Number that identifies the image's pixels."""
-        pixels = tokens.pixels_of(image)
-        return 0 if pixels is None else zlib.crc32(pixels.float().cpu().numpy().tobytes())
+        scores = tokens.noise(self.seed).masked_fill(~tokens.layout.valid, float("-inf"))
+        return tokens.select(scores, self.keep)

@@ -66,17 +66,26 @@ def largest_remainder(shares: list[float], total: int, caps: list[int]) -> list[
     """
     if total > sum(caps):
         raise ValueError(f"{total} tokens do not fit into parts that hold {sum(caps)}.")
+    weight, left = list(shares), total
+    open_parts = set(range(len(shares)))
     result = [0] * len(shares)
-    left = total
-    while left > 0:
-        open_parts = [j for j in range(len(shares)) if result[j] < caps[j]]
-        weight = sum(shares[j] for j in open_parts)
-        ideal = {j: (left * shares[j] / weight if weight > 0 else left / len(open_parts)) for j in open_parts}
-        given = {j: min(int(ideal[j]), caps[j] - result[j]) for j in open_parts}
-        if not any(given.values()):
-            for j in sorted(open_parts, key=lambda j: (-(ideal[j] - int(ideal[j])), j))[:left]:
-                given[j] = 1
-        for j, amount in given.items():
-            result[j] += amount
-        left = total - sum(result)
+    while True:
+        whole = sum(weight[j] for j in open_parts)
+        if whole <= 0:  # parts without a share take evenly what the others cannot
+            weight, whole = [1.0] * len(shares), float(len(open_parts))
+        ideal = {j: left * weight[j] / whole for j in open_parts}
+        full = {j for j in open_parts if ideal[j] >= caps[j]}
+        if not full:
+            break
+        for j in full:
+            result[j] = caps[j]
+        left -= sum(caps[j] for j in full)
+        open_parts -= full
+        if not open_parts:
+            return result
+    for j in open_parts:
+        result[j] = int(ideal[j])
+    rest = total - sum(result)
+    for j in sorted(open_parts, key=lambda j: (-(ideal[j] - int(ideal[j])), j))[:rest]:
+        result[j] += 1
     return result
