@@ -70,9 +70,13 @@ def overlay(image: Image.Image, record: ImageRecord, pixel_values: Tensor | None
     Drawn on what the tower saw where that is one view of the grid's own proportions; on the user's whole picture
     otherwise (several crops).
     """
-    mask = kept_cells(record)
+    return draw(backdrop(image, record.grid, pixel_values, processor), kept_cells(record))
+
+
+def backdrop(image: Image.Image, grid: tuple[int, int], pixel_values: Tensor | None, processor: Any) -> Image.Image:
+    """What to draw a grid of (rows, columns) on, see :func:`overlay`."""
     if pixel_values is not None and pixel_values.ndim == 4 and len(pixel_values) == 1:
         height, width = pixel_values.shape[-2:]
-        if height * mask.shape[1] == width * mask.shape[0]:
-            image = seen_by_the_tower(pixel_values[0], processor)
-    return draw(image, mask)
+        if height * grid[1] == width * grid[0]:
+            return seen_by_the_tower(pixel_values[0], processor)
+    return image

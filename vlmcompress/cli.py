@@ -146,8 +146,35 @@ def tasks(
 
 
 @app.command()
-def methods() -> None:
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub id; default: the shipped tiny-llava.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+    device: str = "cpu",
+    share: Annotated[bool, typer.Option("--share", help="A public address, through the servers of gradio.")] = False,
+    results: Annotated[Path | None, typer.Option(help="Folder whose */report.json the table shows.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """See in the browser what a method keeps, what it costs and what it changes; on 127.0.0.1, without telemetry."""
+    from .commands.demo import demo
+
+    _set_threads(threads)
+    demo(model, port, device, share, results)
+
+
+@app.command()
+def methods(
+    support: Annotated[bool, typer.Option("--support", help="Methods × families as a Markdown page.")] = False,
+) -> None:
     """List the methods, where they act and the options they take."""
+    if support:
+        from .commands.support import markdown
+
+        typer.echo(markdown(), nl=False)
+        return
     from .commands.methods import list_methods
 
     list_methods()
