@@ -16,7 +16,7 @@ LIMIT  ?= 400
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: quickstart test test-oldest lint format bench clean setup
+.PHONY: quickstart test test-demo demo-pictures test-oldest lint format bench clean setup
 
 setup: $(STAMP)
 
@@ -39,7 +39,16 @@ lint: $(STAMP)
 
 # one torch thread per worker: two workers with two threads each on two cores are slower than this
 test: lint
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not browser"
+
+# the demo in a headless Chromium of the system; `make demo-pictures` writes the pictures of docs/demo
+test-demo: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[dev,demo,browser]"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/demo
+
+demo-pictures: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[dev,demo,browser]"
+	$(BIN)/python tests/demo/pictures.py docs/demo
 
 test-oldest:
 	$(MAKE) setup VENV=$(OLDEST)

@@ -68,3 +68,7 @@ def done(page, where):
 def too_wide(page):
     """By how many pixels the page is wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def wait_for_words(page, where, words):
+    page.wait_for_function("([w, t]) => document.querySelector(w).innerText.includes(t)", arg=[where, words])

@@ -204,20 +204,20 @@ def test_old_downloads_leave():
 
 
 def test_a_sweep_measures_every_budget(shipped, tmp_path):
-    points = list(sweep(shipped, "vtc-cls", 20, (0.25, 0.0625)))
+    points = list(sweep(shipped, "vtc-cls", 10, (0.25, 0.0625)))
     assert [(p.method, p.share, p.tokens) for p in points] == [
         (UNCOMPRESSED, 1.0, 144), ("vtc-cls", 0.25, 36), ("vtc-cls", 0.0625, 9)
     ]  # fmt: skip
     for p in points:
-        assert not p.error and p.questions == 20 and p.low <= p.accuracy <= p.high
-    assert points[0].accuracy > 0.7
+        assert not p.error and p.questions == 10 and p.low <= p.accuracy <= p.high
+    assert points[0].accuracy > 0.6
     assert all(a.gflops > b.gflops and a.kv_kib > b.kv_kib for a, b in itertools.pairwise(points))
     figures.sweep_figure(points, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").height > 600
 
 
 def test_a_sweep_goes_on_behind_a_refusal_and_refuses_what_has_no_budget(shipped, tmp_path):
-    points = list(sweep(shipped, "mustdrop", 20, (0.5, 0.01)))
+    points = list(sweep(shipped, "mustdrop", 4, (0.5, 0.01)))
     assert [bool(p.error) for p in points] == [False, False, True]
     figures.sweep_figure(points, tmp_path / "a.png")
     with pytest.raises(ValueError, match="no budget"):

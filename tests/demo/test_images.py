@@ -109,7 +109,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
         + chunk(b"IEND", b"")
     )
     (tmp_path / "a.png").write_bytes(bomb)
-    with pytest.raises(ValueError, match="60,000 × 60,000 pixels, more than"):
+    with pytest.raises(ValueError, match="far more than the 89 million pixels"):
         open_upload(tmp_path / "a.png")
     header = struct.pack(">IIBBBBB", 9_600, 9_600, 8, 2, 0, 0, 0)  # more than Pillow warns of, less than it refuses
     (tmp_path / "b.png").write_bytes(bomb[:8] + chunk(b"IHDR", header) + bomb[33:])

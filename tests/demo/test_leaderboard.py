@@ -47,14 +47,14 @@ def test_orders(lines, order, column, falls):
 
 
 def test_commands_are_understood_by_the_command_line(lines):
-    with_options = {"method": "vtc-cls", "keep": 8, "options": {"layer": (1, 2)}}
+    with_options = {"method": "vtc-cls", "keep": 8, "options": {"layers": 2}}
     settings = {"settings": {"limit": None, "max_new_tokens": 4, "batch_size": 8}, "model": {"name": "a/b"}}
     commands = {line.command for line in lines} | {leaderboard.command(settings, with_options, "scenes")}
-    assert any("'vtc-cls keep=8 layer=(1,2)'" in command for command in commands)
+    assert any("'vtc-cls keep=8 layers=2'" in command for command in commands)
     for command in sorted(commands)[:: max(1, len(commands) // 6)]:
         program, name, *arguments = shlex.split(command)
         assert (program, name) == ("vlmcompress", "eval")
-        # parsed in full, then stopped at the folder of results, which is a file
+        # everything is understood; only the model is not there
         result = CliRunner().invoke(app, [name, "/no/such/model", *arguments[1:]])
         assert "no model folder" in str(result.exception).lower()
 

@@ -47,7 +47,7 @@ METRICS = (
     Metric("Keys and values", "KiB", ",.0f", _by_side(lambda r: r.kv_bytes_before / 1024, lambda r: r.kv_bytes / 1024)),
     Metric("Prefill", "ms", ",.1f", lambda a, r: a.prefill.median if a.prefill else None),
     Metric("Time to first token", "ms", ",.1f", lambda a, r: a.first_ms),
-    Metric("Decoding", "tokens/s", ",.0f", lambda a, r: a.tokens_per_s, more_is_better=True),
+    Metric("Decoding", "tokens/s", ",.3g", lambda a, r: a.tokens_per_s, more_is_better=True),
 )  # fmt: skip
 
 

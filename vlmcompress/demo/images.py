@@ -40,6 +40,10 @@ def open_upload(path: str | Path) -> tuple[Image.Image, list[str]]:
             rgb = to_rgb(upright)
     except _Refused as error:
         raise ValueError(str(error)) from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"The picture has far more than the {MAX_PIXELS / 1e6:.0f} million pixels that are decoded."
+        ) from None
     # whatever a decoder makes of a damaged file, the user gets one sentence
     except Exception as error:
         raise ValueError(
