@@ -119,7 +119,8 @@ class Run:
         run = cls(layout, selection, vision.states, tower=vision.tower)
         if vision.selection.features is not None:
             features = vision.selection.features[torch.tensor(layout.source, device=selection.keep.device)]
-            real = selection.real
+            # newlines keep the model's own embedding: no patch made them
+            real = selection.real & (layout.cell.gather(1, selection.keep) >= 0)
             rows = layout.batch_index.expand_as(selection.keep)[real]
             run.replaced.append((rows, layout.column.gather(1, selection.keep)[real], features[real]))
         return run

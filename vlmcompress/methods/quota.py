@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuoTA: the frames of a video share one budget of tokens by how well each of them serves the question.
+
+Luo et al., "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension", AAAI 2026,
+arXiv 2503.08689. The released code has no licence; this is written from the paper and a description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Method, Stage, check_keep
+from ..ops.frames import (
+    VERSIONS,
+    cap_once,
+    filled_grids,
+    frame_weights,
+    grid_of,
+    merge_down,
+    resize_frame,
+    subsampled,
+    truncated_budget,
+)
+from ..ops.select import fit_grid, largest_remainder
+from ..pooled import pooled_views, rectangles
+from ..registry import register_method
+from ..views import EntryTokens, Selection
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+
+#: scores of the frames of one video, or what gives them for its pixels [frames, ...]
+Scores = Sequence[Sequence[float]] | Callable[[Tensor | None], Sequence[float]]
+
+
+@register_method("quota")
+@dataclass(frozen=True)
+class QuoTA(Method):
+    """Resize every frame of a video to its share of the budget; frames without a share leave.
+
+    A frame's share is its score, squared, over the sum of all. Scores are made beforehand, by
+    :class:`vlmcompress.quota.FrameScorer` with the model itself or a smaller one, or by anything else that tells how
+    well a frame serves the question. Without scores all frames weigh the same.
+
+    Differs from the official code: no token of the budget is lost to rounding or to the shape of grids, what a frame
+    cannot hold goes to the others, and a frame never grows beyond the grid that the model itself would feed (the code
+    takes features in front of the model's own pooling). Frames that a family merges in pairs are scored by the mean of
+    the pair. An image of one view counts as a video of one frame; tiled images pass whole.
+
+    Args:
+        keep: tokens per video, or their share; newlines do not count.
+        scores: per video of the call the scores of its frames, each in [0, 1]; or a function of its pixels.
+        version: how frames are resized: "v1" bilinear, "v2" average pooling, "v3" evenly spaced tokens, "v4" merging, "v5"
+            merging inside rows, then columns.
+        exponent: of the scores.
+        rounding: "exact", or "truncate" as in the released code, which loses a few per cent of the budget.
+    """
+
+    keep: int | float = 12544
+    scores: Scores | None = None
+    version: str = "v1"
+    exponent: float = 2.0
+    rounding: str = "exact"
+
+    summary: ClassVar[str] = "frames of a video are resized by how well they serve the question"
+    paper: ClassVar[str] = "arXiv 2503.08689"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
+    query_aware: ClassVar[bool] = True
+    fixed_budget: ClassVar[bool] = False
+
+    def validate(self) -> None:
+        check_keep(self.keep)
+        if self.version not in VERSIONS:
+            raise ValueError(f"version is one of {', '.join(VERSIONS)}, not {self.version!r}.")
+        if self.rounding not in ("exact", "truncate"):
+            raise ValueError(f"rounding is 'exact' or 'truncate', not {self.rounding!r}.")
+        if self.exponent <= 0:
+            raise ValueError(f"exponent is a positive number, not {self.exponent}.")
+        if self.scores is not None and not callable(self.scores):
+            if any(isinstance(row, (int, float)) for row in self.scores):
+                raise ValueError("scores has one sequence of numbers for each video, even where there is one video.")
+            object.__setattr__(self, "scores", tuple(tuple(map(float, row)) for row in self.scores))
+
+    def check_family(self, adapter: Adapter) -> None:
+        if adapter.tiled and "video" not in adapter.doors:
+            raise ValueError("'quota' splits a budget over the frames of a video, and this family takes tiled images.")
+
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters; a function is not among them, as it cannot be saved."""
+        fields = ("keep", "scores", "version", "exponent", "rounding")
+        return {name: getattr(self, name) for name in fields if name != "scores" or not callable(self.scores)}
+
+    def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
+        layout = tokens.layout
+        if layout.thumbnail is not None:
+            return None
+        views = tokens.view_cells().cpu()
+        boxes = [box for _, box in rectangles(views, layout.view_widths)]
+        owner, budgets = layout.view_image.tolist(), tokens.budgets(self.keep)
+        counts, grids = [0] * len(owner), [(0, 0)] * len(owner)
+        ranking = torch.zeros(len(owner), device=tokens.rows.device)
+        for image, budget in enumerate(budgets):
+            mine = [v for v, i in enumerate(owner) if i == image]
+            p = self.scores_of(tokens, image, len(mine))
+            ranking[mine] = p.float().to(ranking.device)
+            shares = self.counts(p, budget, [boxes[v][0] * boxes[v][1] for v in mine])
+            shapes = self.grids(shares, boxes[mine[0]])
+            for v, count, grid in zip(mine, shares, shapes, strict=True):
+                counts[v], grids[v] = count, grid
+        state["scores"] = tokens.of_views(ranking[:, None].expand(views.shape), fill=float("-inf"))
+        state["flops"] = 8 * tokens.rows.numel()
+        if self.version in ("v3", "v4"):
+            return self._ungridded(tokens, views, counts)
+        return pooled_views(
+            tokens,
+            lambda v, rows, cols: grids[v],
+            lambda grid, h, w: resize_frame(grid[0], h * w, self.version, (h, w))[None],
+        )
+
+    def scores_of(self, tokens: EntryTokens, image: int, views: int) -> Tensor:
+        """[views] fp64 scores of one video's frames, or of its groups of frames that are merged before the tower."""
+        if self.scores is None or tokens.layout.kind[image] != "video":
+            return torch.ones(views, dtype=torch.float64)
+        if callable(self.scores):
+            found = self.scores(tokens.pixels_of(image))
+        elif image < len(self.scores):
+            found = self.scores[image]
+        else:
+            raise ValueError(f"There are scores of {len(self.scores)} videos, but this call brings more.")
+        p = torch.as_tensor(found, dtype=torch.float64).flatten().cpu()
+        if not len(p) or len(p) % views:
+            raise ValueError(f"There are {len(p)} scores for a video of {views} frames or groups of frames.")
+        return p.view(views, -1).mean(1)
+
+    def counts(self, p: Tensor, budget: int, caps: list[int]) -> list[int]:
+        """Tokens of every frame with scores ``p`` [T], at most ``caps`` each."""
+        weights = frame_weights(p, self.exponent)
+        if self.rounding == "exact":
+            return largest_remainder(weights.tolist(), min(budget, sum(caps)), caps)
+        if self.version != "v1":
+            weights = cap_once(weights, caps[0] / budget)
+        counts = [min(count, cap) for count, cap in zip(truncated_budget(weights, budget), caps, strict=True)]
+        if not any(counts):  # the released code is left without any frame and stops
+            for frame in weights.argsort(descending=True, stable=True)[:budget].tolist():
+                counts[frame] = 1
+        return counts
+
+    def grids(self, counts: list[int], box: tuple[int, int]) -> list[tuple[int, int]]:
+        """(h, w) of every frame: squares as in the paper, on frames that are none rectangles of their shape."""
+        if box[0] != box[1]:
+            return [fit_grid(count, *box) if count else (0, 0) for count in counts]
+        return filled_grids(counts, box[0] * box[1]) if self.rounding == "exact" else [grid_of(c) for c in counts]
+
+    def _ungridded(self, tokens: EntryTokens, views: Tensor, counts: list[int]) -> Selection:
+        """Selection of evenly spaced tokens ("v3"), or of merged ones in their places ("v4")."""
+        mask, table = torch.zeros_like(views), tokens.rows.clone()
+        for v, (cells, _) in enumerate(rectangles(views, tokens.layout.view_widths)):
+            if not counts[v]:
+                continue
+            there = cells[subsampled(len(cells), counts[v])]
+            mask[v, there] = True
+            if self.version == "v4":
+                table[v, there.to(table.device)] = merge_down(
+                    tokens.rows[v : v + 1, cells.to(table.device)], counts[v]
+                )[0]
+        selection = tokens.select_mask(tokens.of_views(mask.to(table.device), fill=False))
+        if self.version == "v3" or selection.counts == tokens.layout.n:
+            return selection
+        index = selection.keep[..., None].expand(-1, -1, table.shape[-1])
+        return Selection(selection.keep, selection.counts, features=tokens.of_views(table).gather(1, index))
