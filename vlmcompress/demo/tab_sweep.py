@@ -52,7 +52,8 @@ def build(page: Page) -> None:
                 as_png = gr.DownloadButton("Download as PNG", interactive=False, size="sm", elem_id="vc-sweep-png")
         with gr.Column(min_width=300):
             chart = gr.Image(
-                label="Accuracy and costs", show_label=False, interactive=False, type="filepath", format="png", elem_id="vc-sweep-chart",
+                label="Accuracy and costs", show_label=False, interactive=False, type="filepath", format="png",
+                elem_id="vc-sweep-chart",
                 buttons=["download", "fullscreen"], alt_text="accuracy and costs over the budget",
             )  # fmt: skip
     table = gr.HTML(elem_id="vc-sweep-table")
