@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make quickstart   set up and run the main job        make test      what CI runs
 # make lint format  ruff and mypy                      make bench     the speed ratios under results/
+# make pages        tables of README.md and docs/methods from results/
 # make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
 # FULL=1 make quickstart   every question instead of the stated subset
 
@@ -16,7 +17,7 @@ LIMIT  ?= 400
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: quickstart test test-demo demo-pictures test-oldest lint format bench clean setup
+.PHONY: pages quickstart test test-demo demo-pictures test-oldest lint format bench clean setup
 
 setup: $(STAMP)
 
@@ -61,6 +62,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/vlmcompress bench --out results
+
+# fills what stands between the marks of a page
+pages: $(STAMP)
+	$(BIN)/python -m vlmcompress.eval.pages README.md docs/methods/*.md
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
