@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 GREEDY = dict(max_new_tokens=3, do_sample=False, suppress_tokens=[IMAGE])
 SPEC = [[5, "square", 3], [2, "row", 3, "tall", 1], [8, "wide", 4]]
 IMAGES = [slice(0, 1), slice(1, 3), slice(3, 4)]
-#: in a tiny random tower only the loosest of thresholds finds anything alike
-LOOSE = {"tau_sim": 0.3, "tau_num": 0.05}
+#: in a tiny random tower only loose thresholds leave the draw something to decide
+LOOSE = {"tau_sim": 0.6, "tau_num": 0.2}
 OPTIONS = [
     LOOSE,
     {**LOOSE, "sampler": "replacement", "key_heads": "mean"},
@@ -173,7 +173,7 @@ def test_towers_without_cls(variant):
     model = tiny_onevision()
     spec = [[3, (24, 24), 2]]
     inputs = prompts_video(model, spec)
-    with vlmcompress.compress(model, "token-correlation", without_cls=variant, **LOOSE) as handle:
+    with vlmcompress.compress(model, "token-correlation", without_cls=variant, tau_sim=0.3, tau_num=0.05) as handle:
         model(**inputs)
     image = handle.last.samples[0].images[0]
     assert 0 < len(image.kept) < image.n_original
