@@ -38,6 +38,10 @@ class Gemma3Adapter(Adapter):
     refused: ClassVar[dict[Stage, str]] = {Stage.PREFILL: _CAUSAL_ONLY, Stage.CACHE: _CAUSAL_ONLY}
 
     @property
+    def whole_projector(self) -> None:
+        """None: the stock projector pools patches itself, and no other one takes its place."""
+
+    @property
     def projector(self) -> nn.Module:
         # the average stands in front of it, and the product behind it acts row by row
         return self.inner.multi_modal_projector.mm_soft_emb_norm

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from importlib.resources import files
+
 from .method import Method
 from .registry import ADAPTERS, METHODS
 
@@ -20,7 +24,15 @@ def families() -> list[str]:
 def support(method: str, family: str) -> tuple[bool, str]:
     """Whether ``method`` works on ``family``, and if not, why.
 
-    Raises ``ValueError`` for an unknown name.
+    For the methods and families of this package: what running them gave (``support.json``, written by the tests). For
+    others: whether the family serves the method's stages. Raises ``ValueError`` for an unknown name.
     """
     cls, adapter = METHODS.get(method), ADAPTERS.get(family)
-    return adapter.supports(cls)
+    why = recorded().get(method, {}).get(family)
+    return adapter.supports(cls) if why is None else (not why, why)
+
+
+@cache
+def recorded() -> dict[str, dict[str, str]]:
+    """What came of every cell of the test matrix: method → family (with ``" video"`` for its videos) → "" or why not."""
+    return json.loads((files(__package__) / "support.json").read_text())

@@ -215,7 +215,9 @@ def check_replaceable(model: PreTrainedModel, adapter: Adapter) -> None:
         raise ValueError("This model is compressed; call handle.remove() before its projector is exchanged.")
     name = type(model).__name__
     if adapter.whole_projector is None:
-        raise ValueError(f"{name} has no projector of its own: its tower joins patches to tokens.")
+        raise ValueError(
+            f"{name} has no projector of its own that could be exchanged: it joins patches to tokens itself."
+        )
     if adapter.tower_prefix and getattr(model.config, "vision_feature_select_strategy", "default") != "default":
         raise ValueError(
             f"This {name} feeds the CLS token to its projector (vision_feature_select_strategy is not 'default'), which has "

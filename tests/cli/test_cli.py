@@ -107,7 +107,7 @@ def test_bad_input_of_run(call, places, case):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--tasks", "mmlu"], "no task 'mmlu'"),
+        (["--tasks", "no-such-task"], "no task 'no-such-task'"),
         (["--methods", "grid,magic"], "no method 'magic'"),
         (["--methods", ","], "names nothing"),
         (["--keep", "9,0"], "keeps nothing"),

@@ -48,7 +48,10 @@ def test_orders(lines, order, column, falls):
 
 def test_commands_are_understood_by_the_command_line(lines):
     with_options = {"method": "vtc-cls", "keep": 8, "options": {"layers": 2}}
-    settings = {"settings": {"limit": None, "max_new_tokens": 4, "batch_size": 8}, "model": {"name": "a/b"}}
+    settings = {
+        "settings": {"limits": {"scenes": None}, "max_new_tokens": 4, "batch_size": 8},
+        "model": {"name": "a/b"},
+    }
     commands = {line.command for line in lines} | {leaderboard.command(settings, with_options, "scenes")}
     assert any("'vtc-cls keep=8 layers=2'" in command for command in commands)
     for command in sorted(commands)[:: max(1, len(commands) // 6)]:

@@ -93,7 +93,8 @@ def command(report: dict[str, Any], row: dict[str, Any], task: str) -> str:
         words += ["--methods", row["method"]]
         if row["keep"] is not None:
             words += ["--keep", str(row["keep"])]
-    words += ["--tasks", task, *(["--full"] if settings["limit"] is None else ["--limit", str(settings["limit"])])]
+    limit = settings["limits"][task]
+    words += ["--tasks", task, *(["--full"] if limit is None else ["--limit", str(limit)])]
     words += ["--max-new-tokens", str(settings["max_new_tokens"]), "--batch-size", str(settings["batch_size"])]
     return shlex.join(words)
 
