@@ -70,7 +70,9 @@ def tokenflex(
     rate: Annotated[float | None, typer.Option(help="Learning rate; default: the stage's.")] = None,
     tower_rate: Annotated[float | None, typer.Option(help="Of the tower; default: the stage's.")] = None,
     pooling: Annotated[str, typer.Option(help="adaptive, or resize for released weights.")] = "adaptive",
-    post_layernorm: Annotated[bool, typer.Option(help="Pass features through the tower's final norm (SigLIP).")] = False,
+    post_layernorm: Annotated[
+        bool, typer.Option(help="Pass features through the tower's final norm (SigLIP).")
+    ] = False,
     prior: Annotated[float, typer.Option(min=0, help="Alpha of the PRIOR loss; 0: plain.")] = 0.0,
     reference: Annotated[str | None, typer.Option(help="Text-only model for PRIOR; default: BASE, blind.")] = None,
     loss_weighting: Annotated[str, typer.Option(help="token, or sqrt as released.")] = "token",
