@@ -26,7 +26,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def hires():
-    return load("scenes-hires", limit=240)
+    return load("scenes-hires", limit=120)
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,19 @@ def test_padded_batch_of_several_sizes_answers_as_one_by_one(shipped, hires):
 
 
 def test_accuracy_is_above_its_floor(whole):
-    assert whole["all"] >= 0.82
-    assert whole["digit"] >= 0.9
+    assert whole["all"] >= 0.85
+    assert whole["digit"] >= 0.95
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-def test_the_thumbnail_alone_does_not_do(shipped, hires, whole, contiguous):
-    thumbnail = accuracy(hires, answers(*shipped, hires, keep="thumbnail", contiguous=contiguous))
+def test_the_thumbnail_alone_does_not_do(shipped, hires, whole):
+    thumbnail = accuracy(hires, answers(*shipped, hires, keep="thumbnail"))
     assert whole["all"] - thumbnail["all"] >= 0.2
     assert thumbnail["digit"] <= 0.3
 
 
-@pytest.mark.parametrize(("task", "floor"), [("scenes", 0.8), ("easy-vqa", 0.9)])
+@pytest.mark.parametrize(("task", "floor"), [("scenes", 0.86), ("easy-vqa", 0.95)])
 def test_other_tasks_are_above_their_floor(shipped, task, floor):
-    samples = load(task, limit=200)
+    samples = load(task, limit=100)
     assert accuracy(samples, answers(*shipped, samples))["all"] >= floor
 
 
