@@ -17,7 +17,7 @@ from .scenes import SceneConfig, make_scene
 TILE = 96
 PINPOINTS = [[96, 192], [192, 96], [192, 192]]  # (height, width) of what tiles may make up
 # width, height, objects. The larger side is a pinpoint's, so that no image is scaled and digits stay on the patch grid;
-# 144 leaves padding that the model cuts off again. Half of the images have four full tiles or two.
+# 144 leaves padding that the model cuts off again. A third has four full tiles, a third two, a third four with padding.
 _SHAPES = (
     (192, 192, (3, 7)), (192, 96, (2, 5)), (192, 144, (3, 6)),
     (192, 192, (3, 7)), (96, 192, (2, 5)), (144, 192, (3, 6)),
