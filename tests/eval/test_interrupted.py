@@ -34,9 +34,11 @@ def stored(out):
 
 def test_an_interrupt_keeps_what_is_finished(tiny_folder, tmp_path):
     out = tmp_path / "out"
+    # tests that run in the background of a shell inherit an ignored SIGINT, which a user at a terminal never has
     run = subprocess.Popen(
-        command(tiny_folder, out, "--full"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        command(tiny_folder, out, "--full"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     answers, deadline = out / "answers" / "none.jsonl", time.monotonic() + 120
     while not (answers.exists() and answers.stat().st_size):
         assert run.poll() is None, run.communicate()[1]
