@@ -23,7 +23,7 @@ def load(
     Raises ``ValueError`` in one sentence for a missing folder, one without config, weights or processor, a model
     that reads no images and a family without an adapter.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
     from ..catalog import families
     from ..checkpoints import loader_of
@@ -36,15 +36,7 @@ def load(
         raise ValueError(f"{folder} is a file; a model is a folder with config.json, weights and a processor.")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"There is no model folder '{name}'.")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    # whatever libraries make of a damaged folder, the user gets one sentence, with their error as its cause
-    except Exception as error:
-        raise ValueError(f"The configuration of '{name}' could not be read: {first_sentence(error)}") from error
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(
-            f"'{name}' ({config.model_type}) is a text-only model; there are no visual tokens to compress."
-        )
+    config = read_config(name)
     if config.model_type not in families():
         known = ", ".join(families())
         raise ValueError(
@@ -65,6 +57,25 @@ def load(
         raise ValueError(f"'{name}' has no complete processor: its tokenizer or its image processor is missing.")
     processor.tokenizer.padding_side = "left"
     return model.to(device).eval(), processor
+
+
+def read_config(name: str) -> Any:
+    """Configuration of a local folder or a hub id; no weights are read.
+
+    Raises ``ValueError`` in one sentence for one that cannot be read and for a model that reads no images.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    # whatever libraries make of a damaged folder, the user gets one sentence, with their error as its cause
+    except Exception as error:
+        raise ValueError(f"The configuration of '{name}' could not be read: {first_sentence(error)}") from error
+    if getattr(config, "vision_config", None) is None:
+        raise ValueError(
+            f"'{name}' ({config.model_type}) is a text-only model; there are no visual tokens to compress."
+        )
+    return config
 
 
 def open_image(path: str | Path) -> Image.Image:

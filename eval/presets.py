@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .loading import first_sentence
+from .loading import read_config
 
 
 def presets() -> list[str]:
@@ -32,14 +32,7 @@ def load_config(name: str) -> Any:
         return AutoConfig.for_model(**_read(name)["config"])
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"There is no model folder and no preset '{name}'; presets: {', '.join(presets())}.")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    # whatever libraries make of a damaged folder, the user gets one sentence, with their error as its cause
-    except Exception as error:
-        raise ValueError(f"The configuration of '{name}' could not be read: {first_sentence(error)}") from error
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(f"'{name}' ({config.model_type}) is a text-only model; it has no visual tokens to count.")
-    return config
+    return read_config(name)
 
 
 def _folder() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from .adapters.base import PIXELS, Adapter, adapter_for
-from .compat import REPLAYS_HOOKS, cache_of
+from .compat import cache_of, refuse_replays
 from .hooks.cache import by_modality, check_cache, managed
 from .hooks.decoder import blank_labels, dropped_columns, enter, restore_length
 from .hooks.entry import check_features, choose, tokenwise, watch_projector
@@ -129,6 +129,8 @@ class Handle:
             "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
             "positions": positions,
         }
+        watches = self._layerwise or any(m.tower_layers(adapter) for m in self._before)
+        self._layer_watcher = method.name if watches else None
         self._install()
 
     # reading ----------------------------------------------------------------------------------------------------
@@ -310,24 +312,13 @@ class Handle:
     def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._bound(module, args, kwargs)
         self._local.run, self._local.given = None, given
-        self._check_checkpointing()
+        refuse_replays(self.model, self._layer_watcher)
         cache = cache_of(given)
         if cache is not None and self.adapter.brings(given):
             check_cache(cache)
         for kind, name in PIXELS.items():
             if given.get(name) is not None:
                 self._visions.pop(kind, None)
-
-    def _check_checkpointing(self) -> None:
-        """Refuse to train where checkpointing would replay hooks that have to run once."""
-        if not REPLAYS_HOOKS or not (self.model.training and torch.is_grad_enabled()):
-            return
-        watched = self._layerwise or any(m.tower_layers(self.adapter) for m in self._before)
-        if watched and self.model.is_gradient_checkpointing:
-            raise ValueError(
-                f"Gradient checkpointing of this version of transformers replays hooks, which '{self.method.name}' cannot "
-                "take; switch it off, use a newer transformers, or a method that looks at no layer (grid, pool, ...)."
-            )
 
     def _after_inner(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self._local.run = self._local.given = None

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 #: gradient checkpointing runs a layer's hooks once more in the backward pass, as versions before 5.24 may do
@@ -22,3 +23,17 @@ def cache_keyword(callee: Callable) -> str:
     """The name that this version of transformers gives the cache argument of a function, or of a module's forward."""
     parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def refuse_replays(model: Any, watching: str | None) -> None:
+    """Raise ``ValueError`` where checkpointing would replay hooks in training that have to run once.
+
+    ``watching``: the method whose hooks look at single layers, None where there is none.
+    """
+    if watching is None or not REPLAYS_HOOKS or not (model.training and torch.is_grad_enabled()):
+        return
+    if model.is_gradient_checkpointing:
+        raise ValueError(
+            f"Gradient checkpointing of this version of transformers replays hooks, which '{watching}' cannot take; switch "
+            "it off, use a newer transformers, or a method that looks at no layer (grid, pool, ...)."
+        )
