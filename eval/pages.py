@@ -6,11 +6,13 @@
     <!-- results/NAME: uncompressed, random, vtc-cls -->
     <!-- end -->
 
-with the named methods of ``results/NAME/report.json`` (all of them where none is named); a test holds the pages to it.
+with the named methods of ``results/NAME/report.json`` (all of them where none is named), or, where ``results/NAME`` is a
+file of ``vlmcompress bench methods``, with its speed ratios; a test holds the pages to it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,8 @@ def fill(text: str, root: Path = ROOT) -> str:
 
     def table(found: re.Match) -> str:
         start, folder, names, end = found.groups()
+        if (root / folder).is_file():
+            return f"{start}{speeds(json.loads((root / folder).read_text()))}\n{end}"
         chosen = [name.strip() for name in names.split(",")] if names else None
         return f"{start}{compact(load_report(root / folder / 'report.json'), chosen)}\n{end}"
 
@@ -67,6 +71,25 @@ def compact(report: dict[str, Any], methods: Sequence[str] | None = None) -> str
         seeds = len(found[0]["seeds"]) if found[0] else 0
         lines.append(f"| {name}{f' ({seeds} seeds)' if seeds > 1 else ''} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _legend(report, shown.values(), tasks, everything)])
+
+
+def speeds(bench: dict[str, Any]) -> str:
+    """What ``vlmcompress bench methods`` found: a line per method, how much faster a whole prefill is and should be."""
+    lines = ["| whole prefill | tokens per layer | times faster | FLOPs promise | share of it |", "|---|" + "---:|" * 4]
+    for part in ("one_view", "tiled"):
+        for name, row in bench[part]["methods"].items():
+            lines.append(
+                f"| {name} | {row['layer_average']:.0f} | {row['speedup']:.2f} | {row['predicted']:.2f} "
+                f"| {row['of_predicted']:.2f} |"
+            )
+    one, tiled = (bench[part]["uncompressed"]["prefill_ms"] for part in ("one_view", "tiled"))
+    machine = bench["environment"]
+    legend = (
+        f"{bench['shape']}; {bench['dtype'].removeprefix('torch.')}, {machine['threads']} threads of {machine['device']}. "
+        f"Medians of {one['runs']} interleaved rounds ({tiled['runs']} for the tiled model, globalcom2): uncompressed "
+        f"{one['median'] / 1000:.1f} and {tiled['median'] / 1000:.1f} s."
+    )
+    return "\n".join([*lines, "", legend])
 
 
 def _columns(rows: list[dict[str, Any]], width: int) -> list[dict[str, Any] | None]:

@@ -84,3 +84,25 @@ def test_the_command_writes_only_what_changes(tmp_path, capsys):
     main([str(page)])
     assert page.read_text() == "no mark here\n"
     assert capsys.readouterr().out == ""
+
+
+def test_a_bench_file_becomes_a_table_of_speed_ratios(tmp_path):
+    def measured(speedup, predicted, average):
+        return {
+            "speedup": speedup,
+            "predicted": predicted,
+            "of_predicted": speedup / predicted,
+            "layer_average": average,
+        }
+
+    part = {"uncompressed": {"prefill_ms": {"median": 4000.0, "runs": 10}}}
+    bench = {
+        "shape": "a small shape", "dtype": "torch.float32", "environment": {"threads": 2, "device": "a CPU"},
+        "one_view": part | {"methods": {"grid": measured(1.8, 2.0, 64.0)}},
+        "tiled": part | {"methods": {"globalcom2": measured(2.0, 2.1, 366.0)}},
+    }  # fmt: skip
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "bench.json").write_text(json.dumps(bench))
+    page = fill("<!-- results/bench.json -->\n<!-- end -->", tmp_path)
+    assert "\n| grid | 64 | 1.80 | 2.00 | 0.90 |\n| globalcom2 | 366 | 2.00 | 2.10 | 0.95 |\n" in page
+    assert "a small shape; float32, 2 threads of a CPU." in page and "uncompressed 4.0 and 4.0 s" in page
