@@ -119,7 +119,10 @@ def _first_word(text: str) -> str:
 
 
 def read_parquet(path: Path) -> list[Sample]:
-    """Samples of a stored test set: rows of an image (PNG bytes) and its questions."""
+    """Samples of a stored test set: rows of an image (PNG bytes) and its questions.
+
+    A row with ``frames`` is a video: that many frames of one height stand one below the other in its image.
+    """
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -127,6 +130,9 @@ def read_parquet(path: Path) -> list[Sample]:
     samples = []
     for row in parquet.read_table(path).to_pylist():
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        if "frames" in row:
+            high = image.height // row["frames"]
+            image = tuple(image.crop((0, y, image.width, y + high)) for y in range(0, image.height, high))
         for n, qa in enumerate(row["questions"]):
             samples.append(Sample(f"{row['id']}-{n}", image, qa["question"], qa["answer"], qa["kind"]))
     return samples
@@ -148,6 +154,12 @@ def scenes(split: str) -> list[Sample]:
 def scenes_hires(split: str) -> list[Sample]:
     """The same things on canvases of up to 192 × 192 pixels, see ``scenes_hires/test.json``; for tiled models."""
     return _stored("scenes-hires", split)
+
+
+@register_task("scenes-video")
+def scenes_video(split: str) -> list[Sample]:
+    """Clips of 8 frames of 64 × 64 pixels about when, where and which way, see ``scenes_video/test.json``."""
+    return _stored("scenes-video", split)
 
 
 @register_task("easy-vqa")

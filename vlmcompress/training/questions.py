@@ -54,9 +54,13 @@ def all_questions(scene: Scene, rng) -> dict[str, list[QA]]:
 
 def ask(scene: Scene, rng, count: int, weights: dict[str, float] | None = None) -> list[QA]:
     """Draw up to ``count`` different questions; ``weights`` give the share of each kind (default: equal)."""
-    found = all_questions(scene, rng)
+    return draw_questions(all_questions(scene, rng), rng, count, weights)
+
+
+def draw_questions(found: dict[str, list[QA]], rng, count: int, weights: dict[str, float] | None = None) -> list[QA]:
+    """Up to ``count`` of the questions ``found`` by kind; ``weights`` give the share of each kind (default: equal)."""
     pools = {kind: list(rng.permutation(len(qas))) for kind, qas in found.items()}
-    weights = weights or dict.fromkeys(KINDS, 1.0)
+    weights = weights or dict.fromkeys(found, 1.0)
     chosen: list[QA] = []
     while len(chosen) < count:
         kinds = [k for k, left in pools.items() if left and weights.get(k, 0) > 0]
