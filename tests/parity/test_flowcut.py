@@ -149,7 +149,7 @@ def test_llava_next_end_to_end(path):
         )
         logits = model(**inputs).logits[0]
         hook.remove()
-        vision = handle._local.visions["image"]
+        vision = handle._wiring._local.visions["image"]
         last, tower = handle.last, vision.tower
         score = vision.state(method)["llm_scores"]
         new = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -226,7 +226,7 @@ def test_qwen2_vl(path):
         hook = model.model.visual.merger.register_forward_hook(lambda m, a, out: seen.update(merged=out))
         logits = model(**inputs).logits
         hook.remove()
-        tower = handle._local.visions["image"].tower
+        tower = handle._wiring._local.visions["image"].tower
         last = handle.last
         kept = last.samples[0].images[0].kept
         new = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)

@@ -144,7 +144,7 @@ def test_equals_reference(family, name, prompt, attention):
     elif name == "vtc-cls" or (name, prompt) == ("flowcut", "video"):
         picked = stock.gather(1, first.index[..., None].expand_as(entered))
         torch.testing.assert_close(entered[real_slots(first)], picked[real_slots(first)], atol=1e-5, rtol=1e-5)
-    policy = handle._policies[id(handle.method.methods[0])]
+    policy = handle._wiring._policies[id(handle.method.methods[0])]
     masks = shown(ledger)
     later = cleared(masks, 1) if name == "mustdrop" else masks
     expected = reference(
