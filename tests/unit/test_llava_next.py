@@ -173,6 +173,24 @@ def test_pooled_tokens_know_their_sources(model):
 
 
 @torch.no_grad()
+def test_tokens_merged_in_the_tower_know_their_sources(model):
+    inputs = prompts_next(model, [[2, "wide", 3]])
+    plain = adapter_for(model).geometry(inputs)
+    with vlmcompress.compress(model, "tome", keep=40) as handle:
+        model(**inputs)
+        image = handle.last.samples[0].images[0]
+        sources = image.sources
+    patches = torch.cat([s for s, k in zip(sources, image.kept, strict=True) if not image.is_newline[k]])
+    assert len(set(patches.tolist())) == len(patches) and not image.is_newline[patches].any()
+    # what is missing was merged into padding of the tiles, which the model cuts off
+    missing = int(plain.patch[0].sum()) - len(patches)
+    assert 0 <= missing < len(patches) and max(map(len, sources)) > 1
+    for token, group in zip(image.kept, sources, strict=True):
+        assert token in group
+        assert len(set(image.views[group].tolist())) == 1
+
+
+@torch.no_grad()
 def test_tome_refuses_different_numbers_of_views(model):
     inputs = prompts_next(model, [[2, "wide", 3], [2, "row", 3]])
     with vlmcompress.compress(model, "tome", keep=40), pytest.raises(ValueError, match="different numbers of views"):

@@ -128,7 +128,20 @@ def from_tower(layout: Layout, tower: TowerState) -> Selection:
     selection = Selection.from_mask(layout, layout.with_newlines(mask) if tower.newlines else mask)
     if tower.leading and len(layout.view_image) == len(layout):
         selection.owner = layout.of_views(owner, fill=-1)
+    elif owner is not None and owner.shape[1] == cells:
+        selection.owner = _owners(layout, selection, ids, owner)
     return selection
+
+
+def _owners(layout: Layout, selection: Selection, ids: LongTensor, owner: LongTensor) -> LongTensor:
+    """[I, n_max] place in ``selection.keep`` that took in every token, from what the tower knows of each view alone.
+
+    ``owner`` [V, N]: place in ``ids`` [V, n] that took in every cell, -1 where it was dropped.
+    """
+    place = selection.places(layout.cell.shape[1])
+    holder = ids.gather(1, owner.clamp_min(0))  # [V, N] cells; one that the tiled model cuts off has no place
+    held = layout.to_views(place, fill=-1).gather(1, holder).masked_fill(owner < 0, -1)
+    return torch.where(layout.patch, layout.of_views(held, fill=-1), place)
 
 
 def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
