@@ -82,7 +82,8 @@ def prompt(model: Any, size: tuple[int, int], text_tokens: int) -> dict[str, Ten
     from ..adapters.base import adapter_for
 
     config, given = model.config, pixels(model.config, size)
-    n = adapter_for(model).geometry(given).n[0]
+    # without a prompt a family that tells by it which views make a picture takes every view for one of its own
+    n = sum(adapter_for(model).geometry(given).n)
     image = torch.full((n,), config.image_token_id)
     if getattr(config, "vision_start_token_id", None) is not None:
         image = torch.cat([torch.tensor([config.vision_start_token_id]), image])

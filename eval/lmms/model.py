@@ -13,6 +13,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
+from PIL import Image
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
@@ -36,6 +37,8 @@ class CompressedModel(lmms):
         dtype: of the weights, "auto" for the checkpoint's.
         batch_size: prompts per batch and process.
         attn_implementation: passed to ``from_pretrained``.
+        square: pad pictures to squares with the processor's mean colour, as LLaVA-1.5's own code does; the processors
+            of its checkpoints on the hub cut the longer side off instead.
         num_frames, fps: frames taken from a video file, as the processor of the family understands them.
         system_prompt: put in front of every chat; the path of a file stands for its text.
         **options: further options of the method, for example ``layer=2``.
@@ -58,6 +61,7 @@ class CompressedModel(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
         attn_implementation: str | None = None,
+        square: bool = False,
         num_frames: int | None = None,
         fps: float | None = None,
         system_prompt: str | None = None,
@@ -75,6 +79,7 @@ class CompressedModel(lmms):
             pretrained, dtype=dtype, device=self.device, attn_implementation=attn_implementation
         )
         self.config, self.tokenizer = self.model.config, self.processor.tokenizer
+        self.square = square
         self.system_prompt = system_prompt and self._resolve_system_prompt(system_prompt)
         self.frames = {k: v for k, v in {"num_frames": num_frames, "fps": fps}.items() if v is not None}
         options = parse_options([f"{name}={value}" for name, value in options.items()])
@@ -155,6 +160,8 @@ class CompressedModel(lmms):
 
     def _encode(self, chats: list[list[dict[str, Any]]], beginnings: list[str] | None = None) -> dict[str, Any]:
         videos = any(part["type"] == "video" for chat in chats for m in chat for part in m["content"])
+        if self.square:
+            chats = [_squared(chat, self.processor.image_processor.image_mean) for chat in chats]
         return encode_chats(self.model, self.processor, chats, beginnings, **(self.frames if videos else {}))
 
     def _check_applied(self, chats: list[list[dict[str, Any]]]) -> None:
@@ -196,6 +203,22 @@ def settings_of(generation: dict[str, Any] | None) -> dict[str, Any]:
         if allowed is not None and value not in allowed:
             raise ValueError(f"Answers are decoded greedily, but the task asks for {name}={value}.")
     return settings
+
+
+def _squared(chat: list[dict[str, Any]], mean: Sequence[float]) -> list[dict[str, Any]]:
+    """The chat with its pictures centred on squares of the colour ``mean``."""
+    colour = tuple(int(255 * part) for part in mean)
+
+    def part_of(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        image = part["image"].convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return part | {"image": square}
+
+    return [message | {"content": [part_of(part) for part in message["content"]]} for message in chat]
 
 
 def _visual(visual: Any) -> dict[str, Any]:
