@@ -322,6 +322,8 @@ class Adapter:
         for stage in Stage:
             if stage in method.stages and stage in cls.refused:
                 return False, cls.refused[stage]
+        if method.reads_first_layer and Stage.PREFILL in cls.refused:
+            return False, cls.refused[Stage.PREFILL]
         if cls.joins_patches and Stage.TOWER in method.stages and not method.joins_patches:
             return False, "it acts on single patches, and this family's projector joins several to a token"
         return True, ""
@@ -331,10 +333,12 @@ class Adapter:
         works, reason = self.supports(method)
         if not works:
             raise ValueError(f"'{method.name}' does not work on '{self.model_type}': {reason}.")
+        if method.reads_first_layer and self._slides(slice(1)):
+            raise ValueError(
+                f"'{method.name}' reads the first decoder layer's attention, which sees a sliding window only here."
+            )
         if Stage.CACHE in method.stages or (Stage.PREFILL in method.stages and method.cut_layers(self)):
-            if getattr(self.text_config, "sliding_window", None) and "sliding_attention" in (
-                getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
-            ):
+            if self._slides(slice(None)):
                 raise ValueError(
                     f"'{method.name}' drops tokens inside the language model, but this one has sliding-window layers "
                     "whose cache cannot give up entries; use a method that finishes before it (vtc-cls, grid, ...)."
@@ -345,6 +349,11 @@ class Adapter:
                     f"'{method.name}' gives every decoder layer its own mask, which flex attention cannot take; load "
                     "the model with attn_implementation='sdpa'."
                 )
+
+    def _slides(self, layers: slice) -> bool:
+        """Whether one of these decoder layers attends inside a sliding window."""
+        kinds = getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
+        return bool(getattr(self.text_config, "sliding_window", None)) and "sliding_attention" in kinds[layers]
 
 
 def raster_layout(images: int, grid: tuple[int, int], device: torch.device, *, kind: str = "image") -> Layout:

@@ -76,6 +76,8 @@ class Method:
     fixed_budget: ClassVar[bool] = True
     #: acts in a tower whose projector joins several patches to one token (only asked of TOWER methods)
     joins_patches: ClassVar[bool] = False
+    #: chooses in :meth:`arrival`, by the first decoder layer's attention
+    reads_first_layer: ClassVar[bool] = False
     #: what the paper's released code does with position ids
     published_positions: ClassVar[str] = "contiguous"
     #: the same for cuts inside the language model, where it differs
@@ -106,6 +108,18 @@ class Method:
     # ENTRY ------------------------------------------------------------------------------------------------------
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
         """Choose the visual tokens that enter the language model; ``None`` takes all that the tower left."""
+        return None
+
+    def arrival(self, layer: PrefillLayer, state: dict, equipment: Any) -> Cut | None:
+        """Choose the visual tokens that enter the language model, with the whole prompt in sight.
+
+        Called in front of the first decoder layer when :attr:`reads_first_layer`; ``layer`` has index -1 and answers
+        ``attention(rows, following=True)`` only. ``equipment``: what :meth:`equip` gave.
+        """
+        return None
+
+    def equip(self, adapter: Adapter) -> Any:
+        """What this method needs on one model besides its options (a trained net), read once when it is put on."""
         return None
 
     # PREFILL ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
+from .dtypes import LongTensor
 from .ops.relevance import step_back
 
 WIDTHS = (32, 64, 128, 256, 512)
+#: folder beside a model's weights that holds its predictors, one file for each kind of picture
+FOLDER = "relevance"
 
 
 class RelevancePredictor(nn.Module):
@@ -53,6 +58,12 @@ class RelevancePredictor(nn.Module):
             x = pointwise(depthwise(x * mask[:, None])).relu()
         return self.head(x)[:, 0].float().masked_fill(~mask, -torch.inf)
 
+    @property
+    def flops(self) -> int:
+        """Floating-point operations per visual token."""
+        convolutions = [*self.dw, *self.pw, self.head]
+        return sum(2 * module.weight.numel() for module in convolutions if isinstance(module, nn.Conv1d))
+
     def save(self, path: str | Path) -> None:
         """Write weights and options to one safetensors file."""
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -71,6 +82,18 @@ class RelevancePredictor(nn.Module):
         predictor = cls(**json.loads(options))
         predictor.load_state_dict(state)
         return predictor.eval()
+
+
+def predictor_of(model: PreTrainedModel, kind: str) -> RelevancePredictor | None:
+    """The predictor for "image" or "video" that lies beside the weights of ``model``, on its device; None for none."""
+    name = model.config._name_or_path
+    if not name:
+        return None
+    try:
+        path = cached_file(name, f"{kind}.safetensors", subfolder=FOLDER)
+    except OSError:  # neither in the folder nor on the hub
+        return None
+    return None if path is None else RelevancePredictor.load(path).to(model.device)
 
 
 class RollOut:
@@ -140,32 +163,42 @@ def answer_relevance(
     logits_of: Callable[[Tensor], Tensor],
     embeds: Tensor,
     prompt: int,
-    answer: Sequence[int],
+    answer: Sequence[int] | LongTensor,
     *,
     logprob: bool = False,
+    steps: Sequence[int] | None = None,
 ) -> Tensor:
     """[steps, n] relevance of all positions to each token of ``answer``, one teacher-forced pass for all of them.
 
     Args:
         attention_modules: see :class:`RollOut`.
-        logits_of: the causal model, [1, n, D] embeddings → [1, n, vocabulary] logits.
-        embeds: [1, prompt + steps - 1, D] embeddings of the prompt and of all answer tokens but the last.
-        prompt: length of the prompt; row ``prompt + t - 1`` predicts answer token t.
-        answer: the model's own greedy answer.
+        logits_of: the causal model, [B, n, D] embeddings → [B, n, vocabulary] logits.
+        embeds: [B, prompt + steps - 1, D] embeddings of the prompt and of all answer tokens but the last.
+        prompt: length of the prompts; row ``prompt + t - 1`` predicts answer token t.
+        answer: the model's own greedy answer; [B, steps] for prompts and answers of one length, without padding.
         logprob: explain log-probabilities instead of logits (gives other maps).
+        steps: the answer tokens that are explained; None: all.
+
+    Returns:
+        [steps, n], or [B, steps, n] where ``answer`` is [B, steps]. Samples do not mix: a logit of one has no gradient in
+        another.
 
     Raises ``ValueError`` when the model does not run eager attention or the lengths do not fit.
     """
-    if not answer or embeds.shape[1] != prompt + len(answer) - 1:
-        raise ValueError(
-            f"{embeds.shape[1]} embeddings are no prompt of {prompt} and an answer of {len(answer)} tokens."
-        )
+    wanted = torch.as_tensor(answer, device=embeds.device)
+    tokens = wanted if wanted.ndim == 2 else wanted[None]
+    length = tokens.shape[1]
+    if not length or embeds.shape[:2] != (len(tokens), prompt + length - 1):
+        raise ValueError(f"{embeds.shape[1]} embeddings are no prompt of {prompt} and an answer of {length} tokens.")
+    explained = range(length) if steps is None else steps
     embeds = embeds.detach().requires_grad_(True)
     with torch.enable_grad(), RollOut(attention_modules) as roll_out:
-        logits = logits_of(embeds)[0].float()
+        logits = logits_of(embeds).float()
         found = []
-        for step, token in enumerate(answer):
+        for number, step in enumerate(explained, 1):
             row = prompt + step - 1
-            scores = logits[row].log_softmax(-1) if logprob else logits[row]
-            found.append(roll_out.of(scores[token], row, embeds=embeds, last=step == len(answer) - 1)[0])
-    return torch.stack(found)
+            scores = logits[:, row].log_softmax(-1) if logprob else logits[:, row]
+            target = scores.gather(1, tokens[:, step : step + 1]).sum()
+            found.append(roll_out.of(target, row, embeds=embeds, last=number == len(explained)))
+    relevance = torch.stack(found, 1)
+    return relevance if wanted.ndim == 2 else relevance[0]

@@ -44,17 +44,10 @@ def enter(
         return None
     if run.cache is None and (run.layout is not None or layerwise):
         run.cache = _own_cache(kwargs, adapter)
-    run.columns = embeds.shape[1]
-    attention_mask = adapter.caller_mask(kwargs, given)
-    run.chunk_valid = chunk_of(attention_mask, run.columns)
-    if layerwise and run.columns > 1 and run.chunk_valid is not None and bool(run.chunk_valid.all()):
-        # one look from the host per prompt spares every later step the books of padding that is not there
-        run.chunk_valid = None
-    run.base_positions = _base_positions(kwargs.get("position_ids"), run, embeds)
-    run.frames = [_first_frame(run, embeds, positions, adapter.mrope)]
+    attention_mask = open_frame(run, kwargs, adapter, given, positions, layerwise)
     frame, dropping = run.frame, run.selection is not None
     if run.cache is not None and (dropping or layerwise):
-        _take_over(run, adapter, attention_mask)
+        take_over(run, adapter, attention_mask)
     run.entry_positions = frame.positions
     if not dropping and not managed(run.cache):
         return None
@@ -71,6 +64,22 @@ def enter(
     mask = _entry_mask(run, attention_mask, dropping)
     kwargs["attention_mask"] = adapter.language_mask(mask, kwargs, frame, given)
     return kwargs
+
+
+def open_frame(
+    run: Run, kwargs: dict[str, Any], adapter: Adapter, given: dict[str, Any], positions: str, layerwise: bool = False
+) -> Tensor | None:
+    """Fill in what a run knows of the caller's chunk, and its first frame; returns the caller's 2-D mask."""
+    embeds = kwargs["inputs_embeds"]
+    run.columns = embeds.shape[1]
+    attention_mask = adapter.caller_mask(kwargs, given)
+    run.chunk_valid = chunk_of(attention_mask, run.columns)
+    if layerwise and run.columns > 1 and run.chunk_valid is not None and bool(run.chunk_valid.all()):
+        # one look from the host per prompt spares every later step the books of padding that is not there
+        run.chunk_valid = None
+    run.base_positions = _base_positions(kwargs.get("position_ids"), run, embeds)
+    run.frames = [_first_frame(run, embeds, positions, adapter.mrope)]
+    return attention_mask
 
 
 def _with_replaced(run: Run, embeds: Tensor) -> Tensor:
@@ -112,7 +121,8 @@ def _base_positions(position_ids: LongTensor | None, run: Run, embeds: Tensor) -
     return position_ids.expand(*position_ids.shape[:-2], batch, columns)
 
 
-def _take_over(run: Run, adapter: Adapter, attention_mask: Tensor | None) -> None:
+def take_over(run: Run, adapter: Adapter, attention_mask: Tensor | None) -> None:
+    """Put layers of ours into the run's cache, with what it holds already."""
     fresh = not managed(run.cache)
     past = run.cache.get_seq_length() if fresh else 0
     manage(run.cache, len(adapter.decoder_layers))

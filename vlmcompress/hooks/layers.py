@@ -88,7 +88,7 @@ def after_layer(
     changed = run.with_injected(index, hidden)
     hidden = hidden if changed is None else changed
     for method in prefill:
-        view = _prefill_view(run, index, hidden, inputs, embeddings, adapter)
+        view = prefill_view(run, index, hidden, inputs, embeddings, adapter)
         answer = method.prefill(view, run.state(method))
         if answer is None:
             continue
@@ -107,7 +107,11 @@ def _follow(hidden: Tensor, before: LongTensor, after: LongTensor, columns: int)
     return hidden.gather(1, where.gather(1, after)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def _prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddings, adapter: Adapter) -> PrefillLayer:
+def prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embeddings, adapter: Adapter) -> PrefillLayer:
+    """What a method sees of decoder layer ``index`` with its ``inputs`` and output ``hidden`` [B, S_f, D].
+
+    Index -1 with the embeddings for both: no layer has run yet, and only the following one can be asked.
+    """
     frame, layers, own = run.frame, adapter.decoder_layers, inputs.shape[1]
 
     def cached_keys(following: bool) -> Tensor | None:

@@ -16,6 +16,7 @@ from ..adapters.base import PIXELS, Adapter
 from ..compat import cache_of, refuse_replays
 from ..ledger import VisualTokens
 from ..method import Composition, Method, Stage
+from .arrival import arrive
 from .cache import by_modality, check_cache, managed
 from .decoder import blank_labels, dropped_columns, enter, restore_length
 from .entry import check_features, choose, tokenwise, watch_projector
@@ -37,6 +38,7 @@ class Wiring:
         self.last: VisualTokens | None = None
         self._local = threading.local()
         self._tower_lock = threading.Lock()
+        self._equipment = {id(m): m.equip(adapter) for m in method.methods}
         self._before = method.at(Stage.TOWER, Stage.ENTRY)
         # some methods cut inside the language model on some families only
         self._prefill = [m for m in method.at(Stage.PREFILL) if m.cut_layers(adapter)]
@@ -228,6 +230,8 @@ class Wiring:
         if args or embeds is None or getattr(self._local, "given", None) is None:
             return None
         run = self._start(embeds)
+        if readers := [m for m in self._before if m.reads_first_layer]:
+            arrive(run, kwargs, self.adapter, readers, self._equipment, self._local.given)
         policy = self.policy(self._before[0]) if self._before else "original"
         changed = enter(run, kwargs, self.adapter, policy, self._layerwise, self._local.given)
         if not run.frames:

@@ -99,6 +99,29 @@ def tokenflex(
     typer.echo(f"Wrote {train_tokenflex(run)}")
 
 
+@app.command()
+def explainability(
+    base: Annotated[str, typer.Option(help="Model folder or hub id that the predictor is for.")],
+    output: Annotated[Path, typer.Option(help="File of the predictor; MODEL/relevance/image.safetensors is found.")],
+    work: Annotated[Path | None, typer.Option(help="Folder of labels and checkpoints; default: OUTPUT-work.")] = None,
+    tasks: Annotated[str, typer.Option(help="scenes (drawn anew) or tasks with a training split.")] = "scenes",
+    samples: Annotated[int, typer.Option(min=64, help="Questions answered right that are explained.")] = 10_240,
+    epochs: Annotated[int, typer.Option(min=1)] = 25,
+    validation: Annotated[int, typer.Option(min=1, help="Samples of them held out.")] = 1024,
+    seed: Seed = 0,
+    resume: Resume = True,
+    threads: Threads = None,
+) -> None:
+    """Train the relevance predictor of one model for the method `explainability` (an hour on one busy CPU core)."""
+    from .explainability import RelevanceRecipe, train_explainability
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    recipe = RelevanceRecipe(
+        base, names, samples, epochs=epochs, validation=validation, seed=seed, threads=threads
+    )  # fmt: skip
+    typer.echo(f"Wrote {train_explainability(recipe, output, work or _work(output), resume)}")
+
+
 def _numbers(text: str, kind: type) -> tuple:
     try:
         return tuple(kind(part) for part in text.split(","))
