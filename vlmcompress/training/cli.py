@@ -55,6 +55,46 @@ def tiny_llava_next(
     typer.echo(f"Wrote {train_tiny_llava_next(recipe, base, output, work or _work(output), resume)}")
 
 
+@app.command("tiny-clip")
+def tiny_clip(
+    output: Output,
+    base: Annotated[Path, typer.Option(help="Folder of the tiny-llava whose tower it starts from.")],
+    work: Work = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    threads: Threads = None,
+    share: Share = 1.0,
+) -> None:
+    """Train tiny-clip, an open_clip model for videos and captions (about half an hour on two quiet CPU cores)."""
+    from .tiny_clip import ClipRecipe, train_tiny_clip
+
+    if not (base / "model.safetensors").is_file():
+        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+    recipe = _shortened(ClipRecipe(seed=seed, threads=threads), ("steps",), share)
+    typer.echo(f"Wrote {train_tiny_clip(recipe, base, output, work or _work(output), resume)}")
+
+
+@app.command("tiny-qwen2.5-vl")
+def tiny_qwen(
+    output: Output,
+    base: Annotated[Path, typer.Option(help="Folder of the tiny-llava to start from.")] = Path(
+        "assets/models/tiny-llava"
+    ),
+    work: Work = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    threads: Threads = None,
+    share: Share = 1.0,
+) -> None:
+    """Train tiny-qwen2.5-vl from tiny-llava's language model (about half an hour on two quiet CPU cores)."""
+    from .tiny_qwen import QwenRecipe, train_tiny_qwen
+
+    if not (base / "config.json").is_file():
+        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+    recipe = _shortened(QwenRecipe(seed=seed, threads=threads), ("copy_steps", "answer_steps", "easy_steps"), share)
+    typer.echo(f"Wrote {train_tiny_qwen(recipe, base, output, work or _work(output), resume)}")
+
+
 @app.command()
 def tokenflex(
     base: Annotated[str, typer.Option(help="Model folder or hub id; one with the projector goes on with it.")],

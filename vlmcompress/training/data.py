@@ -159,9 +159,14 @@ class QuestionCollator:
         image_positions, start = np.arange(len(ids)), len(ids)
         if rng.random() < self.augment:
             image_positions, start = augmented_positions(rng, image_tokens)
-        positions = list(image_positions)
-        texts = self.tokenizer([qa.question for qa in item["qas"]], add_special_tokens=False)["input_ids"]
-        for n, (question, qa) in enumerate(zip(texts, item["qas"], strict=True)):
+        shown = {"ids": ids, "labels": labels, "positions": image_positions, "block": block}
+        return {name: np.concatenate([shown[name], column]) for name, column in self.pairs(item["qas"], start).items()}
+
+    def pairs(self, qas: list[QA], start: int) -> dict[str, np.ndarray]:
+        """What `encode` returns, of the pairs alone; each starts at position ``start``."""
+        ids, labels, positions, block = [], [], [], []
+        texts = self.tokenizer([qa.question for qa in qas], add_special_tokens=False)["input_ids"]
+        for n, (question, qa) in enumerate(zip(texts, qas, strict=True)):
             answer = self.tokenizer.convert_tokens_to_ids(qa.answer)
             # the end of the answer is learnt at once, so one pair in each sequence is enough to keep it
             end = self.end_id if n == 0 else IGNORED
@@ -178,7 +183,9 @@ class QuestionCollator:
         fill = {"ids": self.tokenizer.pad_token_id, "labels": IGNORED, "positions": 0, "block": -1}
         full = {}
         for name, value in fill.items():
-            padded = [np.pad(row[name], (0, length - len(row[name])), constant_values=value) for row in rows]
+            # along the sequence, the first axis
+            padded = [np.pad(x, [(0, length - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
+                      for x in (row[name] for row in rows)]  # fmt: skip
             full[name] = torch.from_numpy(np.stack(padded))
         return {
             "input_ids": full["ids"],

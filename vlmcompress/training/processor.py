@@ -33,9 +33,13 @@ def words() -> list[str]:
     return found + [f"<unused{i}>" for i in range(VOCAB_SIZE - len(found))]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that puts <s> in front of every text."""
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words())}, unk_token="<unk>"))
+def build_tokenizer(found: list[str] | None = None, visual: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that puts <s> in front of every text.
+
+    ``found`` is the vocabulary in id order (default: `words`), ``visual`` the names and texts of the special tokens that
+    stand for what is seen (default: LLaVA's).
+    """
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(found or words())}, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[?!.,:;\"']"), " ")])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", SPECIALS.index("<s>"))])
@@ -45,7 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=visual or {"image_token": "<image>"},
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
