@@ -2,6 +2,7 @@
 # make quickstart   set up and run the main job        make test      what CI runs
 # make lint format  ruff and mypy                      make bench     the speed ratios under results/
 # make pages        tables of README.md and docs/methods from results/
+# make test-matrix  every way of running every method on every family, against the slow reference (about ten minutes)
 # make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
 # FULL=1 make quickstart   every question instead of the stated subset
 
@@ -14,10 +15,11 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 MODEL  ?= assets/models/tiny-llava
 LIMIT  ?= 400
+WORKERS ?= 2
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: pages quickstart test test-demo demo-pictures test-oldest lint format bench clean setup
+.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-matrix lint format bench clean setup
 
 setup: $(STAMP)
 
@@ -51,10 +53,14 @@ demo-pictures: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[dev,demo,browser]"
 	$(BIN)/python tests/demo/pictures.py docs/demo
 
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 tests/matrix/complete.py
+
+# WORKERS=1: on a machine that is busy
 test-oldest:
 	$(MAKE) setup VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q "transformers==5.16.*"
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) -m "not browser"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)

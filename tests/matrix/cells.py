@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "h2o": {"heavy": 0.3, "recent": 0.2},
     "keep-last": {"budget": 16, "sinks": 2},
     "keyformer": {"budget": 0.5, "noise": False},
-    "lazyeviction": {"budget": 16, "window": 4},
+    "lazyeviction": {"budget": 16, "window": 1},
     "mustdrop": {"merge": False, "layers": (0, 1), "keep": 0.7},
     "no-vision": {},
     "none": {},
@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"keep": 0.3},
     "resize": {"keep": 0.3},
     "todre": {"keep": 0.3, "pivot": "center"},
-    "token-correlation": {"sampler": "topk"},
+    "token-correlation": {"sampler": "topk", "keep": 0.5},
     "tokenflex": {"keep": 4},
     "tokenflex-adaptive": {"counts": (4, 9), "thresholds": (0.4,)},
     "tokenselect": {"select": 8, "sinks": 2, "local": 4},
@@ -146,10 +146,15 @@ def outcome(method: str, family: str) -> str:
                 kept = [image.kept.tolist() for image in ledger.samples[row].images]
                 assert [image.kept.tolist() for image in handle.last.samples[0].images] == kept
     except ValueError as refusal:
-        reason = str(refusal).removeprefix(f"'{method}' does not work on '{model.config.model_type}': ").rstrip(".")
-        return reason.replace(f"'{method}'", "it").replace(type(model).__name__, "the model")
+        return reason(refusal, method, model)
     assert "vlmcompress" not in model.config.to_dict()
     return ""
+
+
+def reason(refusal: ValueError, method: str, model: Any) -> str:
+    """The refusal's sentence, for a table in which method and family are named already."""
+    why = str(refusal).removeprefix(f"'{method}' does not work on '{model.config.model_type}': ").rstrip(".")
+    return why.replace(f"'{method}'", "it").replace(type(model).__name__, "the model")
 
 
 def answers(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
