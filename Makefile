@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make quickstart   set up and run the main job        make test      what CI runs
 # make lint format  ruff and mypy                      make bench     the speed ratios under results/
+# make bench-gpu    7B shapes on a GPU by stage and batch, into results/
 # make pages        tables of README.md and docs/methods from results/
 # make test-matrix  every way of running every method on every family, against the slow reference (about ten minutes)
 # make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
@@ -19,7 +20,7 @@ WORKERS ?= 2
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-matrix lint format bench clean setup
+.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-matrix lint format bench bench-gpu clean setup
 
 setup: $(STAMP)
 
@@ -68,6 +69,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/vlmcompress bench --out results
+
+# 7B shapes with random weights on the GPU at hand, at most ten minutes
+bench-gpu: $(STAMP)
+	$(BIN)/vlmcompress bench gpu --out results --device cuda
 
 # fills what stands between the marks of a page
 pages: $(STAMP)

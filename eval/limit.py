@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -72,24 +73,34 @@ class _Marks:
         return start.elapsed_time(end)
 
 
+def watched_method(method: Any, around: Callable[[str], AbstractContextManager]) -> Any:
+    """The same method with ``around(stage)`` entered around everything that it computes at a stage."""
+
+    def watched(name: str) -> Callable:
+        original = getattr(type(method), name)
+
+        def call(self, *args):
+            with around(name):
+                return original(self, *args)
+
+        return call
+
+    parts = {name: watched(name) for name in ("tower", "entry", "prefill", "cache")}
+    return type(type(method).__name__, (type(method),), parts)(**method.options())
+
+
 def timed_method(method: Any, device: str) -> tuple[Any, dict[str, list[float]]]:
     """The same method with a clock around what it computes; per stage the milliseconds of every call are collected."""
     spent: dict[str, list[float]] = {name: [] for name in ("tower", "entry", "prefill", "cache")}
     now = clock(device)
 
-    def clocked(name: str) -> Callable:
-        original = getattr(type(method), name)
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        begin = now()
+        yield
+        spent[name].append(now() - begin)
 
-        def call(self, *args):
-            begin = now()
-            out = original(self, *args)
-            spent[name].append(now() - begin)
-            return out
-
-        return call
-
-    parts = {name: clocked(name) for name in spent}
-    return type(type(method).__name__, (type(method),), parts)(**method.options()), spent
+    return watched_method(method, timed), spent
 
 
 @torch.inference_mode()

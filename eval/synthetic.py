@@ -97,6 +97,17 @@ def prompt(model: Any, size: tuple[int, int], text_tokens: int) -> dict[str, Ten
     return {k: v.to(model.device) for k, v in inputs.items()}
 
 
+def batch_of(one: dict[str, Tensor], rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """``rows`` prompts like the one of :func:`prompt`, each with a noise picture of its own, floats as ``dtype``."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in one.items()}
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator).to(value.device)
+            inputs[name] = (value + 0.1 * noise).to(dtype)
+    return inputs
+
+
 def packed_arguments(config: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a tower for packed views would compute from the grid, ready-made: on the meta device it could not read it.
 
