@@ -95,8 +95,9 @@ def measure(
 
     ``tower`` and ``projector`` have the method's hooks in them; ``method`` is what the method itself computes, wherever
     it acts, decoding included; ``prefill`` ends with the logits of the first token and holds tower and projector;
-    ``decode`` is one later call of the model; ``end_to_end`` all of ``generate`` for ``new_tokens`` tokens. ``peak_bytes`` is what one prefill holds above
-    the weights; ``cache_bytes`` what its keys and values take. Putting a method on is outside the clock.
+    ``decode`` is one later call of the model; ``end_to_end`` all of ``generate`` for ``new_tokens`` tokens.
+    ``peak_bytes`` is what one prefill holds above the weights; ``cache_bytes`` what its keys and values take. Putting a
+    method on is outside the clock.
 
     Raises ``ValueError`` for inputs of zeros and for fewer than two new tokens.
     """
