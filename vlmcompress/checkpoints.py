@@ -38,7 +38,7 @@ def load_with_projector(
     The stock class goes first because only it gets the renaming of keys that its checkpoints need. Raises ``ValueError``
     when weights other than the projector's are missing, or the projector's own.
     """
-    with _without_report():
+    with without_report():
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, config=config, output_loading_info=True, **options
         )
@@ -72,7 +72,7 @@ def projector_weights(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_report():
+def without_report():
     """Hold back the report of unexpected and missing keys, which our projector makes long and which we check."""
 
     def quiet(record: logging.LogRecord) -> bool:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small encoder service: images in, compressed embeddings out, for servers on other machines.
+
+``python -m vlmcompress.serving.service MODEL --method vtc-cls --keep 64 --port 8010``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, UnidentifiedImageError
+
+from .encode import Encoder, packed
+
+
+class BadImage(ValueError):
+    """Something in a request that is no image we take; ``status`` is the HTTP status that says so."""
+
+    def __init__(self, sentence: str, status: int = 400):
+        super().__init__(sentence)
+        self.status = status
+
+
+def read_image(text: str, *, max_pixels: int) -> Image.Image:
+    """The picture in base64 or in a ``data:`` address. Raises :class:`BadImage`."""
+    try:
+        content = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except ValueError as error:
+        raise BadImage("An image comes as base64, alone or in a data: address.") from error
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"{image.width} × {image.height} pixels are more than the {max_pixels} that are taken.", 413)
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadImage("This is no image, or a damaged one.") from error
+
+
+def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: int = 16) -> Any:
+    """A FastAPI application around ``encoder``.
+
+    ``POST /v1/encode`` with ``{"images": ["<base64>", ...]}`` answers ``{"width": C, "images": [{"tokens": k, "image_embeds":
+    "<base64>"}, ...]}``; ``image_embeds`` is what vLLM takes in a content part of that type. What cannot be encoded is
+    answered with HTTP 4xx and a sentence. ``GET /health`` answers once the tower is loaded.
+    """
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+
+    app = FastAPI(title="vlmcompress encoder")
+    # a tower fills its device alone; what waits for it keeps its place
+    turn = asyncio.Lock()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/encode")
+    async def encode(request: Request) -> Any:
+        try:
+            images = _images(await request.body(), max_pixels=max_pixels, max_images=max_images)
+        except BadImage as error:
+            return JSONResponse({"error": str(error)}, status_code=error.status)
+        async with turn:
+            try:
+                tokens = await asyncio.to_thread(encoder, images)
+            except ValueError as error:
+                return JSONResponse({"error": str(error)}, status_code=422)
+        return {
+            "width": encoder.width,
+            "images": [{"tokens": len(rows), "image_embeds": packed(rows)} for rows in tokens],
+        }
+
+    # annotations are text here, and FastAPI looks names up in the module
+    encode.__annotations__["request"] = Request
+    return app
+
+
+def _images(body: bytes, *, max_pixels: int, max_images: int) -> list[Image.Image]:
+    try:
+        wanted = json.loads(body)
+    except ValueError as error:
+        raise BadImage('The body is JSON: {"images": ["<base64>", ...]}.') from error
+    texts = wanted.get("images") if isinstance(wanted, dict) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise BadImage('"images" is a list of at least one image in base64.')
+    if len(texts) > max_images:
+        raise BadImage(f"{len(texts)} images are more than the {max_images} that one request may bring.", 413)
+    return [read_image(text, max_pixels=max_pixels) for text in texts]
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
+    keep: Annotated[str, typer.Option(help="Visual tokens per image, or a share of them (0.25).")] = "0.25",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
+    host: str = "127.0.0.1",
+    port: int = 8010,
+    device: str = "cpu",
+) -> None:
+    """Serve an encoder."""
+    import uvicorn
+
+    from ..commands.run import options_of
+
+    encoder = Encoder.from_pretrained(model, method, device=device, **options_of(method, keep, option or []))
+    uvicorn.run(create_app(encoder), host=host, port=port)
+
+
+if __name__ == "__main__":
+    typer.run(main)
