@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..dtypes import LongTensor
+from ..hooks.masks import require_mask_support
 from ..method import Stage
-from ..registry import ADAPTERS
+from ..registry import ADAPTERS, ENCODERS
 from ..tokens import Frame, Layout
 
 if TYPE_CHECKING:
@@ -23,10 +24,17 @@ if TYPE_CHECKING:
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def adapter_for(model: PreTrainedModel) -> Adapter:
+def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of this model's family, bound to the model. Raises ``ValueError`` when there is none."""
-    model_type = model.config.model_type
     known = ADAPTERS.items()
+    for encoder in ENCODERS.items().values():
+        if encoder.claims(model):
+            return encoder(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"compress takes a model of Hugging Face, open_clip or timm that has an adapter, not {type(model).__name__}."
+        )
+    model_type = model.config.model_type
     if model_type not in known:
         text_only = not hasattr(model.config, "vision_config")
         what = "is a text-only model" if text_only else "is of a family without an adapter"
@@ -62,6 +70,8 @@ class Adapter:
     whole_tokens: ClassVar[bool] = False
     #: the tower takes the patches of all views as one sequence [S, C] without padding
     packed_tower: ClassVar[bool] = False
+    #: frames of one video may leave a vision layer as fewer, joined views
+    joins_views: ClassVar[bool] = False
     #: stages that this family cannot serve, each with the reason
     refused: ClassVar[dict[Stage, str]] = {}
 
@@ -161,11 +171,19 @@ class Adapter:
         """The module of one vision layer that takes an ``attention_mask``: the layer itself or its attention."""
         return self.tower_layers[index]
 
+    def masked_arguments(self, args: tuple, kwargs: dict, mask: Tensor | None) -> tuple[tuple, dict]:
+        """Arguments of :meth:`tower_masked` with the additive key ``mask`` [V, 1, 1, n] (None: nothing is masked)."""
+        if mask is not None:
+            require_mask_support(self.tower.config)
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
     def patch_order(self, grid: tuple[int, int]) -> LongTensor | None:
         """Where the projector joins patches that do not follow each other: their places, token by token, [N · group].
 
         ``grid``: (rows, columns) of one view's tokens. Such a model lays the tower's output out as a picture before it
-        joins patches, so what a method left is put back in its places first (see :func:`raster_blocks`). None: the
+        joins patches, so what a method left is put back in its places first (see ``raster_blocks``). None: the
         patches of a token follow each other.
         """
         return None
@@ -175,8 +193,10 @@ class Adapter:
         attention = self.tower_layers[index].self_attn
         return {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
 
-    def split_qkv(self, index: int, taps: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, index: int, taps: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Queries, keys and values [V, H, n, d] from the recorded outputs of :meth:`tower_projections`.
+
+        Each a tensor, or a function that makes it where that costs something: most methods read one of them.
 
         ``taps["arguments"]`` holds the keyword arguments that the layer got. Packed towers give [S, H, d].
         """
@@ -227,8 +247,12 @@ class Adapter:
 
     # language model ---------------------------------------------------------------------------------------------
     def rotary(self, hidden: Tensor, positions: LongTensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin), [B, S, d] each."""
+        """Rotary tables (cos, sin) in the form that the decoder's layers take."""
         return self.language_model.rotary_emb(hidden, position_ids=positions)
+
+    def one_table(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Such tables as [B, S, d] each."""
+        return embeddings
 
     def layer_positions(self, positions: LongTensor) -> LongTensor:
         """``position_ids`` as the decoder's layers get them."""
@@ -354,29 +378,3 @@ class Adapter:
         """Whether one of these decoder layers attends inside a sliding window."""
         kinds = getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
         return bool(getattr(self.text_config, "sliding_window", None)) and "sliding_attention" in kinds[layers]
-
-
-def raster_layout(images: int, grid: tuple[int, int], device: torch.device, *, kind: str = "image") -> Layout:
-    """Layout of ``images`` images that are one view of ``grid`` (rows, columns) tokens each, in raster order."""
-    per_image = grid[0] * grid[1]
-    cell = torch.arange(per_image, device=device).expand(images, -1)
-    view = torch.arange(images, device=device)
-    return Layout(
-        n=[per_image] * images,
-        grid=[grid] * images,
-        kind=[kind] * images,
-        view=view[:, None].expand(-1, per_image),
-        cell=cell,
-        row=cell // grid[1],
-        col=cell % grid[1],
-        valid=torch.ones_like(cell, dtype=torch.bool),
-        view_image=view,
-        view_grid=grid,
-    )
-
-
-def raster_blocks(grid: tuple[int, int], side: int, device: torch.device) -> LongTensor:
-    """[N · side²] raster places of the patches of each token, for a ``grid`` of tokens of ``side`` × ``side`` patches."""
-    rows, cols = grid
-    patch = torch.arange(rows * side * cols * side, device=device).view(rows, side, cols, side)
-    return patch.transpose(1, 2).flatten()

@@ -13,8 +13,9 @@ from ..dtypes import LongTensor
 from ..method import Stage
 from ..registry import register_adapter
 from ..tokens import Frame, Layout
-from .base import Adapter, raster_blocks, raster_layout
+from .base import Adapter
 from .prefix import kept_blocks, mask_arguments
+from .raster import raster_blocks, raster_layout
 
 _CAUSAL_ONLY = (
     "it acts inside the language model, whose image tokens see each other in both directions and whose sliding-window "

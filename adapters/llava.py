@@ -7,7 +7,8 @@ from typing import Any
 
 from ..registry import register_adapter
 from ..tokens import Layout
-from .base import Adapter, raster_layout
+from .base import Adapter
+from .raster import raster_layout
 
 
 @register_adapter("llava")

@@ -13,8 +13,9 @@ from ..compat import cache_of
 from ..method import Stage
 from ..registry import register_adapter
 from ..tokens import Frame, Layout
-from .base import Adapter, raster_layout
+from .base import Adapter
 from .prefix import kept_blocks, mask_arguments
+from .raster import raster_layout
 
 _CAUSAL_ONLY = (
     "it acts inside the language model, whose prompt is not causal: its tokens see each other in both directions"

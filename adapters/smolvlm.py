@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..dtypes import LongTensor
 from ..registry import register_adapter
 from ..tokens import Layout
-from .base import Adapter, raster_blocks
+from .base import Adapter
+from .raster import raster_blocks
 from .tiling import runs, tiled_layout
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ..dtypes import LongTensor
 from ..tokens import Layout
-from .base import raster_layout
+from .raster import raster_layout
 
 
 def tiled_layout(tiles: list[tuple[int, int]], grid: tuple[int, int], device: torch.device) -> Layout:

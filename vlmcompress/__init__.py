@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .method import Composition, Method, Stage
-from .registry import register_adapter, register_method
+from .registry import register_adapter, register_encoder, register_method
 
 if TYPE_CHECKING:
     from . import flex, quecc
     from .attach import Handle, compress, restore
-    from .catalog import families, methods, support
+    from .catalog import encoders, families, methods, support
     from .ledger import VisualTokens
     from .report import Report
 
@@ -26,11 +26,13 @@ __all__ = [
     "Stage",
     "VisualTokens",
     "compress",
+    "encoders",
     "families",
     "flex",
     "methods",
     "quecc",
     "register_adapter",
+    "register_encoder",
     "register_method",
     "restore",
     "support",
@@ -38,7 +40,8 @@ __all__ = [
 
 #: imported on first use, since torch and transformers' model classes take seconds
 _LAZY = {
-    "Handle": "attach", "compress": "attach", "restore": "attach", "families": "catalog", "support": "catalog",
+    "Handle": "attach", "compress": "attach", "restore": "attach", "encoders": "catalog", "families": "catalog",
+    "support": "catalog",
     "Report": "report", "VisualTokens": "ledger",
 }  # fmt: skip
 

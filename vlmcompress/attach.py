@@ -29,6 +29,9 @@ def compress(
 ) -> Handle:
     """Make a stock Hugging Face vision-language model keep fewer visual tokens, in place.
 
+    Image encoders without a language model (CLIP and SigLIP of transformers, open_clip, vision transformers of timm) take
+    the methods that act in the tower; their handle is an :class:`vlmcompress.towers.EncoderHandle`.
+
     Args:
         model: a stock model of a supported family (a PEFT wrapper around one is fine).
         method: a registered name (see ``vlmcompress.methods()``), a method instance, or methods joined with ``+``.
@@ -62,6 +65,10 @@ def compress(
                 "replace=True."
             )
         current.remove()
+    if adapter.joins_views:
+        from .towers import EncoderHandle
+
+        return EncoderHandle(base, adapter, composition, positions)
     return Handle(base, adapter, composition, positions)
 
 
@@ -71,7 +78,7 @@ def restore(model: nn.Module) -> Handle:
     Raises ``ValueError`` when the configuration holds no such entry.
     """
     base = _base_model(model)
-    saved = getattr(base.config, "vlmcompress", None)
+    saved = getattr(getattr(base, "config", None), "vlmcompress", None)
     if not saved:
         raise ValueError("This model's configuration has no vlmcompress entry; save it while it is compressed.")
     parts = [create(entry["method"], **entry["options"]) for entry in saved["methods"]]
@@ -88,26 +95,31 @@ def current_handle(model: Any) -> Handle | None:
     return _base_model(model).__dict__.get(_ATTRIBUTE)
 
 
-def _base_model(model: Any) -> PreTrainedModel:
+def _base_model(model: Any) -> Any:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"compress takes a Hugging Face model, not {type(model).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"compress takes a model, not {type(model).__name__}.")
     return model
 
 
 class Handle:
     """One method on one model. Made by :func:`compress`."""
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter, method: Composition, positions: str):
+    def __init__(self, model: Any, adapter: Adapter, method: Composition, positions: str):
         self.model, self.adapter, self.method, self.positions = model, adapter, method, positions
-        self._wiring = Wiring(model, adapter, method, positions)
+        self._wiring = self._wire()
         model.__dict__[_ATTRIBUTE] = self
-        model.config.vlmcompress = {
-            "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
-            "positions": positions,
-        }
+        if isinstance(model, PreTrainedModel):
+            model.config.vlmcompress = {
+                "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
+                "positions": positions,
+            }
         self._wiring.install()
+
+    def _wire(self) -> Any:
+        """The hooks of this handle, not yet put on."""
+        return Wiring(self.model, self.adapter, self.method, self.positions)
 
     # reading ----------------------------------------------------------------------------------------------------
     @property
@@ -140,7 +152,8 @@ class Handle:
             raise ValueError("This compression has already been removed from its model.")
         self._wiring.remove()
         del self.model.__dict__[_ATTRIBUTE]
-        del self.model.config.vlmcompress
+        if isinstance(self.model, PreTrainedModel):
+            del self.model.config.vlmcompress
 
     def __enter__(self) -> Handle:
         return self

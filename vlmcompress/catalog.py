@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from .method import Method
-from .registry import ADAPTERS, METHODS
+from .registry import ADAPTERS, ENCODERS, METHODS
 
 
 def methods() -> dict[str, type[Method]]:
@@ -21,13 +21,19 @@ def families() -> list[str]:
     return list(ADAPTERS.items())
 
 
+def encoders() -> list[str]:
+    """Kinds of image encoders without a language model that take the methods of the stage TOWER."""
+    return list(ENCODERS.items())
+
+
 def support(method: str, family: str) -> tuple[bool, str]:
-    """Whether ``method`` works on ``family``, and if not, why.
+    """Whether ``method`` works on ``family`` (or on the image encoder of that name), and if not, why.
 
     For the methods and families of this package: what running them gave (``support.json``, written by the tests). For
     others: whether the family serves the method's stages. Raises ``ValueError`` for an unknown name.
     """
-    cls, adapter = METHODS.get(method), ADAPTERS.get(family)
+    encoder = ENCODERS.items().get(family)
+    cls, adapter = METHODS.get(method), encoder or ADAPTERS.get(family)
     why = recorded().get(method, {}).get(family)
     return adapter.supports(cls) if why is None else (not why, why)
 

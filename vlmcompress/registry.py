@@ -2,7 +2,8 @@
 """Names of methods and model families.
 
 Built-in ones register by decorator when their module is imported; third parties add theirs through the entry-point
-groups ``vlmcompress.methods`` and ``vlmcompress.adapters``, whose targets are imported on the first look-up.
+groups ``vlmcompress.methods``, ``vlmcompress.adapters`` and ``vlmcompress.encoders``, whose targets are imported on the
+first look-up.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Registry(Generic[T]):
 
 METHODS: Registry = Registry("method", "vlmcompress.methods", ("vlmcompress.methods", "vlmcompress.baselines"))
 ADAPTERS: Registry = Registry("model family", "vlmcompress.adapters", ("vlmcompress.adapters",))
+ENCODERS: Registry = Registry("kind of image encoder", "vlmcompress.encoders", ("vlmcompress.adapters",))
 
 
 def register_method(name: str):
@@ -72,5 +74,15 @@ def register_adapter(model_type: str):
     def add(cls):
         cls.model_type = model_type
         return ADAPTERS.register(model_type)(cls)
+
+    return add
+
+
+def register_encoder(name: str):
+    """Class decorator: serve the image encoders without a language model that the adapter's ``claims`` says yes to."""
+
+    def add(cls):
+        cls.model_type = name
+        return ENCODERS.register(name)(cls)
 
     return add

@@ -26,6 +26,7 @@ RECORD = Path(vlmcompress.__file__).parent / "support.json"
 #: what each method is told on models whose images are about 20 to 80 tokens
 OPTIONS: dict[str, dict[str, Any]] = {
     "a2sf": {"budget": 0.5},
+    "centerclip": {"keep": 4},
     "explainability": {"keep": 0.3, "predictor": "identity"},
     "fastv": {"keep": 4, "layer": 1},
     "flowcut": {"keep": 4},

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from vectors import cases
 
 import vlmcompress
-from vlmcompress.adapters.base import adapter_for, raster_layout
+from vlmcompress.adapters.base import adapter_for
+from vlmcompress.adapters.raster import raster_layout
 from vlmcompress.methods.todre import ToDRE, kept_of
 from vlmcompress.ops.diversity import diverse_order
 from vlmcompress.views import EntryTokens

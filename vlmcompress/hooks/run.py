@@ -45,6 +45,10 @@ class TowerState:
     window: LongTensor | None = None  # [V, N] attention window of every cell, where the tower has windows
     order: LongTensor | None = None  # [S] row of ours at each place of the tower's pack, see packed.order_of
     full_order: LongTensor | None = None  # the same before anything was dropped
+    views: list[int] = field(default_factory=list)  # sequences that each vision layer took
+    frames: int | None = None  # views of each video that follow each other; None where views are images
+    alive: Tensor | None = None  # [V] views that are no padding of a shorter video
+    view: LongTensor | None = None  # [V, n] view that every present patch comes from, once views were joined
 
 
 @dataclass

@@ -7,14 +7,14 @@ Linears included).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.scores import folded_cls_logits
-from ..views import TowerEdit, TowerLayer
-from .masks import require_mask_support
+from ..views import Joined, TowerEdit, TowerLayer
 from .packed import order_of, pack, present_rows, segments, start, unpack
 from .run import TowerState, Vision
 
@@ -97,20 +97,17 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
 
         def after(module: nn.Module, args: tuple, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            qkv = adapter.split_qkv(index, taps)
+            q, k, v = adapter.split_qkv(index, taps)
             plain = adapter.unrotated_keys(index, taps)
-            qkv = [*qkv, qkv[1] if plain is None else plain]
             taps.clear()
             tower = vision.tower
             assert tower is not None
+            projected = _projected({"q": q, "k": k, "v": v, "plain_k": k if plain is None else plain}, tower, adapter)
             if adapter.packed_tower:
-                views = len(tower.ids)
-                hidden = unpack(hidden, tower.valid, views, tower.order)
-                qkv = [unpack(x, tower.valid, views, tower.order).transpose(1, 2) for x in qkv]
+                hidden = unpack(hidden, tower.valid, len(tower.ids), tower.order)
             if tower.raster is not None and not tower.edited:
-                by_token = _behind(tower.raster, adapter.tower_prefix)
-                hidden, qkv = hidden[:, by_token], [x[:, :, by_token] for x in qkv]
-            edited = _call(vision, index, hidden, qkv, callers, adapter)
+                hidden = hidden[:, _behind(tower.raster, adapter.tower_prefix)]
+            edited = _call(vision, index, hidden, projected, callers, adapter)
             if edited is None:
                 return None
             if adapter.packed_tower:
@@ -123,6 +120,21 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
         # in front of other hooks, so that recorded hidden states are those that go on
         hooks.append(block.register_forward_hook(after, prepend=True))
     return hooks
+
+
+def _projected(parts: dict[str, Any], tower: TowerState, adapter: Adapter) -> Callable[[str], Tensor]:
+    """From a name among ``parts`` to that projection of the tower's views as they stand now, [V, H, prefix + n, d]."""
+    views, valid, order = len(tower.ids), tower.valid, tower.order
+    by_token = None if tower.raster is None or tower.edited else _behind(tower.raster, adapter.tower_prefix)
+
+    def read(name: str) -> Tensor:
+        x = parts[name]
+        x = x() if callable(x) else x
+        if adapter.packed_tower:
+            x = unpack(x, valid, views, order).transpose(1, 2)
+        return x if by_token is None else x[:, :, by_token]
+
+    return read
 
 
 def _back_to_grid(vision: Vision, adapter: Adapter):
@@ -178,6 +190,7 @@ def _before(vision: Vision, index: int, adapter: Adapter, args: tuple, kwargs: d
             return None
         return args, adapter.tower_arguments(kwargs, present_rows(tower), counts[counts > 0])
     tower.tokens.append(hidden.shape[0] * hidden.shape[1])
+    tower.views.append(hidden.shape[0])
     return None
 
 
@@ -191,11 +204,8 @@ def _masked(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
     bias = _key_bias(tower, adapter.tower_prefix)
     mask = None
     if bias is not None:
-        require_mask_support(adapter.tower.config)
         mask = bias[:, None, None, :].clamp_min(torch.finfo(hidden.dtype).min).to(hidden.dtype)
-    if len(args) > 1:
-        return (args[0], mask, *args[2:]), kwargs
-    return args, {**kwargs, "attention_mask": mask}
+    return adapter.masked_arguments(args, kwargs, mask)
 
 
 def _key_bias(tower: TowerState, prefix: int) -> Tensor | None:
@@ -208,19 +218,24 @@ def _key_bias(tower: TowerState, prefix: int) -> Tensor | None:
     return torch.nn.functional.pad(bias, (prefix, 0))
 
 
-def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method], adapter: Adapter) -> Tensor | None:
+def _call(
+    vision: Vision,
+    index: int,
+    hidden: Tensor,
+    projected: Callable[[str], Tensor],
+    callers: list[Method],
+    adapter: Adapter,
+) -> Tensor | None:
     tower, edited = vision.tower, False
     assert tower is not None
     prefix = adapter.tower_prefix
     for method in callers:
-        q, k, v, plain = qkv
         layer = TowerLayer(
             index=index, depth=len(adapter.tower_layers), feature_layer=adapter.feature_layer, hidden=hidden,
-            q=q, k=k, v=v, scale=adapter.tower_scale,
-            prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
+            scale=adapter.tower_scale, prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
             bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
-            whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers, plain_k=plain,
-            native=adapter.packed_tower,
+            whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers,
+            native=adapter.packed_tower, frames=tower.frames, alive=tower.alive, _projected=projected,
             _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
         )  # fmt: skip
         edit = method.tower(layer, vision.state(method))
@@ -231,6 +246,7 @@ def _call(vision: Vision, index: int, hidden: Tensor, qkv, callers: list[Method]
                 )
             if vision.layout.pooling is not None:
                 raise ValueError(POOLED.format(f"'{method.name}'"))
+            assert edit.joined is None or adapter.joins_views
             hidden = _apply(tower, edit, hidden, prefix)
             edited = True
     return hidden if edited else None
@@ -264,7 +280,11 @@ def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> T
         before = tower.owner if tower.owner is not None else places(tower.ids, tower.cells)
         local = edit.owner if edit.owner is not None else places(keep, tower.ids.shape[1])
         tower.owner = local.gather(1, before.clamp_min(0)).masked_fill(before < 0, -1)
-    tower.ids = tower.ids.gather(1, keep)
+    if edit.joined is None:
+        tower.ids = tower.ids.gather(1, keep)
+        tower.view = None if tower.view is None else tower.view.gather(1, keep)
+    else:
+        hidden = _join(tower, edit.joined, keep)
     tower.valid, tower.newlines, tower.leading = edit.valid, edit.newlines, edit.leading
     tower.order = order_of(tower.ids // tower.group, tower.valid, tower.window)
     tower.bias = (
@@ -272,6 +292,15 @@ def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> T
     )
     tower.edited = True
     return torch.cat([hidden[:, :prefix], rows.to(hidden.dtype)], dim=1)
+
+
+def _join(tower: TowerState, joined: Joined, keep: Tensor) -> Tensor:
+    """Move the books to joined views; returns their special tokens."""
+    before = torch.arange(len(tower.ids), device=keep.device)[:, None].expand_as(tower.ids)
+    before = before if tower.view is None else tower.view
+    tower.view, tower.ids = before[joined.view, keep], tower.ids[joined.view, keep]
+    tower.frames, tower.alive = joined.frames, joined.alive
+    return joined.special
 
 
 def places(ids: Tensor, width: int) -> Tensor:

@@ -15,8 +15,9 @@ def check_loaded(model: Any) -> None:
     The stock classes load such a checkpoint without an exception and draw a random projector of their own instead.
     """
     projector = getattr(getattr(model, "model", None), "multi_modal_projector", None)
+    config = getattr(model, "config", None)
     for entry, loader in TRAINED.items():
-        if getattr(model.config, entry, None) and getattr(projector, "config_entry", None) != entry:
+        if getattr(config, entry, None) and getattr(projector, "config_entry", None) != entry:
             raise ValueError(
                 f"This checkpoint has a '{entry}' projector, but the model was loaded with a stock class, which put a random "
                 f"{type(projector).__name__} in its place; load it with {loader}."
