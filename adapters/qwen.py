@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..compat import merged_axes
 from ..dtypes import LongTensor
 from ..tokens import Layout
 from .base import Adapter
@@ -95,6 +96,9 @@ class QwenVLAdapter(Adapter):
         if positions.ndim == 2:
             positions = positions.expand(3, -1, -1)
         return self.language_model.rotary_emb(hidden, position_ids=positions[-3:])
+
+    def one_table(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return merged_axes(embeddings, self.text_config.rope_parameters["mrope_section"])
 
     def layer_positions(self, positions: LongTensor) -> LongTensor | None:
         return positions[0] if positions.ndim == 3 and len(positions) == 4 else None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from models import IMAGE, TEXT, padded
+from models import AHEAD, IMAGE, TEXT, padded
 from models_next import SIZES, TILE
 from transformers import (
     CLIPVisionConfig,
@@ -118,7 +118,9 @@ def features(model, inputs: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor]
         given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
         images = list(model.model.get_image_features(**given).pooler_output)
     if "pixel_values_videos" in inputs:
-        videos = list(model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output)
+        videos = [x.flatten(0, -2) for x in model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output]
+        if not AHEAD and model.config.model_type == "llava_onevision":  # the newline comes later there
+            videos = [torch.cat([video, model.model.image_newline[None]]) for video in videos]
     return images, videos
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 #: gradient checkpointing runs a layer's hooks once more in the backward pass, as versions before 5.24 may do
@@ -23,6 +24,27 @@ def cache_keyword(callee: Callable) -> str:
     """The name that this version of transformers gives the cache argument of a function, or of a module's forward."""
     parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def merged_axes(tables: tuple[Tensor, Tensor], sections: list[int]) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) [B, S, d] of a text model with three axes of positions.
+
+    Its layers get them like that from newer versions; 5.16 hands on one table per axis, [3, B, S, d], of which every
+    axis then takes its ``sections`` (channels of one half) in each layer.
+    """
+    if tables[0].ndim == 3:
+        return tables
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(sections * 2, dim=-1))], dim=-1) for table in tables
+    )
+    return cos, sin
+
+
+def named_pixels(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Arguments of a feature method with its pixels under ``name``: 5.16 calls those of some videos ``pixel_values``."""
+    if name in given or "pixel_values" not in given:
+        return given
+    return {name if key == "pixel_values" else key: value for key, value in given.items()}
 
 
 def refuse_replays(model: Any, watching: str | None) -> None:

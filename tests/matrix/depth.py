@@ -7,7 +7,9 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import pytest
 from cells import OPTIONS, reason
+from models import AHEAD
 from slow import DECODINGS, check
 from stories import PROMPTS, STORIES
 
@@ -34,6 +36,9 @@ def deep(method: str, family: str, prompt: str, attention: str, decoding: str) -
     flexible = method.startswith("tokenflex")
     model = story.build(attention) if flexible else built(family, attention)
     inputs = story.write(model, story.specs[prompt])
+    pixels, rows = inputs.get("pixel_values"), len(inputs["input_ids"])
+    if decoding == "beams" and not AHEAD and pixels is not None and pixels.ndim > 2 and len(pixels) != rows:
+        pytest.skip("beams of this transformers mix up the views of a prompt, with a method and without")
     try:
         if flexible:
             vlmcompress.flex.install(model, counts=(4, 9))

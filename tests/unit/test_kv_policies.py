@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, prompts, row_alone, tiny_llava
+from models import IMAGE, cached, prompts, row_alone, tiny_llava
 from models_next import one_row, prompts_next, tiny_next
 from models_qwen import prompts_qwen, row_of, tiny_qwen
 from transformers import DynamicCache
@@ -84,7 +84,7 @@ def test_beams_and_second_turn(name, options):
         full = torch.cat([first.sequences, turn], 1)
         grown = full.shape[1] - inputs["input_ids"].shape[1]
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, grown, dtype=torch.long)], 1)
-        again = model.generate(input_ids=full, attention_mask=mask, cache=first.past_key_values, **GREEDY)
+        again = model.generate(input_ids=full, attention_mask=mask, **cached(first), **GREEDY)
         assert again.past_key_values.get_seq_length() == full.shape[1] + 5
         with pytest.raises(ValueError, match="Assisted decoding"):
             again.past_key_values.crop(-1)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from models import cached
 from models_qwen import END, FAMILIES, IMAGE, START, VIDEO, prompts_qwen, row_of, tiny_qwen, typed
 
 import vlmcompress
@@ -269,7 +270,7 @@ def test_contiguous_positions_leave_no_gap(models, family, name, side):
         # the caller counts on from the uncompressed prompt
         after = model.model.get_rope_index(**{k: v for k, v in inputs.items() if "pixel" not in k})[0].amax((0, 2)) + 1
         model(
-            input_ids=torch.tensor([[9]] * 3), attention_mask=mask, cache=out.cache,
+            input_ids=torch.tensor([[9]] * 3), attention_mask=mask, **cached(out),
             position_ids=after[None, :, None].expand(3, -1, -1),
         )  # fmt: skip
     hook.remove()
@@ -304,7 +305,7 @@ def test_second_turn_with_new_images_and_videos(models, family, name, options, p
             "video": inner.get_video_features(media["pixel_values_videos"], media["video_grid_thw"], return_dict=True),
         }
         grids = {k: v for k, v in media.items() if "pixel" not in k}
-        found = model.generate(**turn, **grids, mm_encoder_outputs=ready, cache=start.cache, **GREEDY)
+        found = model.generate(**turn, **grids, mm_encoder_outputs=ready, **cached(start), **GREEDY)
         assert [i.kind for i in handle.last.samples[0].images] == ["image", "video"]
     assert found.equal(expected)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, cached
 from models_video import BUILDERS, VIDEO, embeddings, features, prompts_video, row_of, tiny_next_video, tiny_onevision
 from reference import cleared, entering, real_slots, reference, shown
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,7 +137,7 @@ def test_equals_reference(family, name, prompt, attention):
         entered = entering(model, prefill)
         ledger = handle.last
         positions = later_mask.cumsum(1)[:, -3:] - 1
-        behind = model(input_ids=steps, attention_mask=later_mask, position_ids=positions, cache=output.cache).logits
+        behind = model(input_ids=steps, attention_mask=later_mask, position_ids=positions, **cached(output)).logits
     first = ledger.frames[0]
     if name in ("fastv", "transprune", "mustdrop"):
         assert entered.equal(stock)
@@ -202,7 +202,7 @@ def test_a_second_turn_brings_a_video(family):
         second = model(
             input_ids=ids[:, begin:],
             attention_mask=whole["attention_mask"],
-            cache=first.cache,
+            **cached(first),
             pixel_values_videos=videos,
         )
         assert inside(handle.last.samples[0]) == both[1:]

@@ -37,7 +37,7 @@ def arrive(
     if run.cache is not None and run.cache.get_seq_length() and not managed(run.cache):
         take_over(run, adapter, attention_mask)
     shift = run.cache.layers[0].shift if managed(run.cache) else None
-    embeddings = adapter.rotary(embeds, shifted(run.frame.positions, shift))
+    embeddings = adapter.one_table(adapter.rotary(embeds, shifted(run.frame.positions, shift)))
     # the states in front of layer 0 are to it what a layer's output is to the next
     view = prefill_view(run, -1, embeds, embeds, embeddings, adapter)
     for method in methods:

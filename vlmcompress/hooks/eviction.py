@@ -34,7 +34,7 @@ def choose_entries(run: Run, index: int, hidden: Tensor, methods: list[Method], 
             positions = shifted(frame.positions, store.shift)
         else:
             positions = positions.expand(*frame.positions.shape[:-2], len(hidden), -1)
-        return queries(layer, hidden, adapter.rotary(hidden, positions))
+        return queries(layer, hidden, adapter.one_table(adapter.rotary(hidden, positions)))
 
     view = AttendLayer(
         index=index, depth=len(adapter.decoder_layers), keys=store.keys, valid=store.valid, new=hidden.shape[1],

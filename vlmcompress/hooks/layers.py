@@ -54,7 +54,7 @@ def before_layer(
         kwargs = {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
         if "position_ids" in kwargs:
             kwargs["position_ids"] = adapter.layer_positions(positions)
-    run.layer_inputs[index] = (hidden, kwargs["position_embeddings"])
+    run.layer_inputs[index] = (hidden, adapter.one_table(kwargs["position_embeddings"]))
     return kwargs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters.base import PIXELS, Adapter
-from ..compat import cache_of, refuse_replays
+from ..compat import cache_of, named_pixels, refuse_replays
 from ..ledger import VisualTokens
 from ..method import Composition, Method, Stage
 from .arrival import arrive
@@ -175,7 +175,7 @@ class Wiring:
                 return stock(*args, **kwargs)
             given = {**inspect.signature(stock).bind_partial(*args, **kwargs).arguments}
             given.update(given.pop("kwargs", {}))
-            given = {**self._prompt, **given}
+            given = {**self._prompt, **named_pixels(given, PIXELS[kind])}
             vision = Vision(geometry(given), pixel_values=self.adapter.pixels(given))
             # hooks of one pass must not see another thread's images
             with self._tower_lock:
