@@ -10,6 +10,7 @@ import torch
 
 from . import flops as counter
 from . import profiles
+from .downscale import downscaled, downscales
 from .latency import Timing, interleaved, milliseconds, peak_bytes, refuse_zeros
 from .loading import answer, encode_chats, first_sentence
 from .rows import UNCOMPRESSED, Row
@@ -83,8 +84,10 @@ def _run(
 
     key = row.run_key(seed)
     # a method may fail in any way; its row says so and the others go on
+    smaller = row.keep if downscales(processor, row) else None
     try:
-        handle = vlmcompress.compress(model, row.method, **row.arguments(seed))
+        named = (UNCOMPRESSED, {}) if smaller is not None else (row.method, row.arguments(seed))
+        handle = vlmcompress.compress(model, named[0], **named[1])
     except Exception as failure:
         return first_sentence(failure)
     with handle:
@@ -92,7 +95,7 @@ def _run(
             lines, error = [], None
             try:
                 for batch in batches[start : start + workers.size][workers.rank :][:1]:
-                    lines = _batch(model, processor, handle, *batch)
+                    lines = _batch(model, processor, handle, smaller, *batch)
             except Exception as failure:
                 error = first_sentence(failure)
             found = workers.gather((lines, error))
@@ -110,12 +113,19 @@ def _batch(
     model: Any,
     processor: Any,
     handle: Any,
+    smaller: int | float | None,
     batch: Sequence[Question],
     max_new_tokens: int,
     until: tuple[str, ...],
 ) -> list[dict[str, Any]]:
-    """One line per question: the answer, whether it is right, and the ledger's account of what it cost."""
-    inputs = encode_chats(model, processor, [sample.chat() for _, sample in batch])
+    """One line per question: the answer, whether it is right, and the ledger's account of what it cost.
+
+    ``smaller``: the tokens that every picture is shrunk to beforehand.
+    """
+    chats = [sample.chat() for _, sample in batch]
+    if smaller is not None:
+        chats = [downscaled(processor, chat, smaller) for chat in chats]
+    inputs = encode_chats(model, processor, chats)
     predictions = answer(model, processor, inputs, max_new_tokens, until)
     shape = counter.ModelShape.from_config(model.config)
     ledger = handle.last
@@ -172,8 +182,8 @@ def time_rows(
     peaks: dict[str, int] = {}
     cases: dict[str, Callable[[], float]] = {}
     for row in rows:
-        clock = _Clock(model, inputs, row, decode_tokens)
         try:
+            clock = _clock(model, processor, inputs, row, sample, decode_tokens)
             peaks[row.key] = clock.run(lambda c: peak_bytes(c.prefill, model.device))
         except Exception as error:
             errors[row.key] = first_sentence(error)
@@ -196,6 +206,14 @@ def time_rows(
             "prefill_peak_bytes": peaks[row.key],
         }
     return timings, errors
+
+
+def _clock(model: Any, processor: Any, inputs: dict[str, Any], row: Row, sample: Sample, decode_tokens: int) -> _Clock:
+    """The clock of a row on ``inputs``, or on its own smaller picture."""
+    if row.keep is None or not downscales(processor, row):
+        return _Clock(model, inputs, row, decode_tokens)
+    small = encode_chats(model, processor, [downscaled(processor, sample.chat(), row.keep)])
+    return _Clock(model, small, Row(UNCOMPRESSED), decode_tokens)
 
 
 class _Clock:

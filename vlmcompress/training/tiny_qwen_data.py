@@ -15,7 +15,7 @@ from .video_scenes import VideoConfig, ask_video, make_clip, video_vocabulary
 
 PATCH, MERGE, FRAMES = 4, 2, 2  # pixels of a patch, patches of a token per side, frames of a token
 CELL = PATCH * MERGE
-SIDES = (32, 40, 48, 56, 64, 72, 80, 88)  # what scenes of 96 × 96 are scaled to, in a share of the samples
+SIDES = (32, 40, 48, 56, 64, 72, 80, 88)  # heights that a share of the pictures is scaled to
 VISUAL = {
     "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
     "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
@@ -117,7 +117,7 @@ class QwenDataset(Dataset):
     def __getitem__(self, i: int) -> dict:
         rng = np.random.default_rng((self.seed, i, 1))
         run = np.random.default_rng((self.seed, i // self.batch, 4))  # the same for all items of a run
-        turn, side = int(run.integers(10)), int(run.choice(SIDES))
+        turn, side, narrower = int(run.integers(10)), int(run.choice(SIDES)), CELL * int(run.integers(2))
         turn = {"scenes": 0, "clips": 9, None: turn}[self.only]
         if turn >= 7:
             clip = make_clip(self.seed, i, self.video, max_objects=2 if i < self.easy_until else None)
@@ -125,16 +125,16 @@ class QwenDataset(Dataset):
         elif turn == 6 and self.easy_vqa:
             image, found = self.easy_vqa[int(rng.integers(len(self.easy_vqa)))]
             qas = [found[j] for j in rng.permutation(len(found))[: self.questions]]
-            frames = (image if run.random() < 0.6 else _scaled(image, min(side, 64)),)
+            frames = (image if run.random() < 0.6 else _scaled(image, min(side, 64), narrower),)
         else:
             scene = make_scene(self.seed, i)
             qas = ask(scene, rng, self.questions, KIND_WEIGHTS)
-            frames = (_scaled(scene.image, side) if turn == 5 else scene.image,)
+            frames = (_scaled(scene.image, side, narrower) if turn == 5 else scene.image,)
         return {"frames": torch.stack([to_pixels(frame) for frame in frames]), "qas": qas, "index": i}
 
 
-def _scaled(image: Image.Image, side: int) -> Image.Image:
-    return image.resize((side, side), Image.Resampling.BICUBIC)
+def _scaled(image: Image.Image, side: int, narrower: int) -> Image.Image:
+    return image.resize((max(SIDES[0], side - narrower), side), Image.Resampling.BICUBIC)
 
 
 class QwenCollator(QuestionCollator):
