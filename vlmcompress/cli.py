@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,6 +120,35 @@ def flops(
 
 
 @app.command()
+def reproduce(
+    table: Annotated[
+        str | None, typer.Argument(help="A published table, or the CSV file of one; left out: which there are.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id instead of the table's checkpoint.")] = None,
+    rows: Annotated[
+        str, typer.Option(help="Comma-separated, such as 'flowcut 64'; the uncompressed one comes too.")
+    ] = "",
+    benchmarks: Annotated[str, typer.Option(help="Comma-separated; default: all that can be measured.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results; finished rows are not run again.")] = Path(
+        "out/reproduce"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    processes: Annotated[int, typer.Option(min=1, help="Started by accelerate, one GPU each.")] = 1,
+    device: str = "cuda",
+) -> None:
+    """Run a published table through lmms-eval: theirs, ours, the difference, a verdict."""
+    from .commands.reproduce import Machine, Settings, list_tables
+    from .commands.reproduce import reproduce as run
+
+    if table is None:
+        list_tables()
+        return
+    code = run(Settings(table, model, rows, benchmarks, out, Machine(device, batch_size, limit, processes)))
+    raise typer.Exit(code)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="What `vlmcompress eval --out` filled.")],
     out: Annotated[Path, typer.Option(help="The page; its charts go beside it as PNG.")] = Path("out/report.html"),
@@ -193,25 +222,40 @@ class Bench(str, Enum):
     LIMIT = "limit"
     METHODS = "methods"
     CACHE = "cache"
+    STAGES = "stages"
+    GPU = "gpu"
 
 
 @app.command()
 def bench(
     what: Annotated[
-        Bench, typer.Argument(help="limit: distance to the speed limit; methods: all of them; cache: its policies.")
+        Bench,
+        typer.Argument(
+            help="limit: distance to the speed limit; methods: all of them; cache: its policies; stages: every part of one "
+            "answer; gpu: 7B shapes by part, kernel and batch."
+        ),
     ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
     rounds: Annotated[int, typer.Option(min=1)] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     device: str = "cpu",
 ) -> None:
-    """Speed ratios on large random models: to natively short prompts, of every method, or of cache policies."""
+    """Speed and memory on large random models: against natively short prompts, by method, by cache policy, by stage."""
     from .commands.bench import bench
     from .commands.bench_cache import bench_cache
+    from .commands.bench_gpu import bench_gpu
     from .commands.bench_methods import bench_methods
+    from .commands.bench_stages import bench_stages
 
     _set_threads(threads)
-    {Bench.LIMIT: bench, Bench.METHODS: bench_methods, Bench.CACHE: bench_cache}[what](out, rounds, device)
+    kinds: dict[Bench, Callable[[Path, int, str], Any]] = {
+        Bench.LIMIT: bench,
+        Bench.METHODS: bench_methods,
+        Bench.CACHE: bench_cache,
+        Bench.STAGES: bench_stages,
+        Bench.GPU: bench_gpu,
+    }
+    kinds[what](out, rounds, device)
 
 
 @app.command(
