@@ -116,7 +116,10 @@ def test_tokens_of_tiny_llava_keep_their_ids():
 
 
 def test_language_model_starts_as_tiny_llava_s(base, started):
-    llava = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    llava = LlavaForConditionalGeneration.from_pretrained(base)
+    llava.config.text_config.rope_parameters["rope_theta"] = SMALL.rope_theta  # the one thing that differs
+    llava.model.language_model.rotary_emb = type(llava.model.language_model.rotary_emb)(llava.config.text_config)
+    llava.eval()
     ids = torch.randint(5, 70, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(started(input_ids=ids).logits, llava(input_ids=ids).logits, rtol=1e-4, atol=1e-5)

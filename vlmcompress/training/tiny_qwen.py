@@ -2,14 +2,17 @@
 """The recipe of tiny-qwen2.5-vl: the language model of tiny-llava behind a new tower, in two stages.
 
 1. copy: tower and merger, of Qwen's kind and with four times the patches, learn to give for every cell of 8 × 8 pixels
-   what tiny-llava's tower and projector give there;
-2. answers: tower, merger and language model learn questions about pictures of many sizes and about clips, with M-RoPE.
+   what tiny-llava's tower and projector give there, apart from where it is: a tower with rotary positions alone gives
+   one feature for all cells of a plain picture;
+2. answers: tower, merger and language model learn questions about pictures of many sizes and about clips, and places
+   from M-RoPE.
 
 tiny-llava's Llama is a Qwen2 without biases at its query, key and value projections, so its weights fit as they are.
+Stock M-RoPE gives columns the slowest angles; at tiny-llava's base of 10,000 twelve columns would look like one.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +57,8 @@ class QwenRecipe:
     heads: int = 3
     full_attention: tuple[int, ...] = (1, 3)  # the other layers look around within windows
     window: int = 32
-    copy_steps: int = 1000
+    rope_theta: float = 100.0
+    copy_steps: int = 1500
     copy_batch: int = 16
     copy_rate: float = 2e-3
     answer_steps: int = 1200
@@ -73,13 +77,14 @@ def qwen_config(recipe: QwenRecipe, base, tokenizer) -> Qwen2_5_VLConfig:
     """A stock configuration around the text model of the LLaVA configuration ``base``."""
     old = base.text_config
     head = old.hidden_size // old.num_attention_heads
-    rope = {"rope_type": "default", "rope_theta": old.rope_parameters["rope_theta"]}
-    time = head // 2 - 2 * (2 * head // 10)
+    time, row = max(1, head // 20), head // 5
     text = Qwen2_5_VLTextConfig(
         vocab_size=len(tokenizer), hidden_size=old.hidden_size, intermediate_size=old.intermediate_size,
         num_hidden_layers=old.num_hidden_layers, num_attention_heads=old.num_attention_heads,
         num_key_value_heads=old.num_key_value_heads, rms_norm_eps=old.rms_norm_eps, max_position_embeddings=2048,
-        rope_parameters={**rope, "mrope_section": [time, 2 * head // 10, 2 * head // 10]},
+        rope_parameters={
+            "rope_type": "default", "rope_theta": recipe.rope_theta, "mrope_section": [time, row, head // 2 - time - row],
+        },
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     vision = Qwen2_5_VLVisionConfig(
@@ -145,24 +150,32 @@ class CopyModel(nn.Module):
     Cells that show something are far from the mean of their batch; they weigh more than the plain ground around them.
     """
 
-    def __init__(self, visual, base: LlavaForConditionalGeneration):
+    def __init__(self, visual, base: LlavaForConditionalGeneration, sample: Tensor):
+        """``sample``: uint8 pictures [B, 3, 96, 96] that tell what a place and a channel are like on average."""
         super().__init__()
         self.visual = visual
         self.teacher = [base.model.vision_tower, base.model.multi_modal_projector]  # in a list: no part of this module
         self.layer = base.config.vision_feature_layer
+        seen = torch.cat([self.features(part) for part in sample.split(32)])
+        self.register_buffer("place", seen.mean(0), persistent=False)
+        self.register_buffer("scale", (seen - self.place).flatten(0, 1).std(0), persistent=False)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the base model's language model is given, [B, cells, C] in fp32."""
+        tower, projector = self.teacher
+        seen = tower(normalize(pixels), output_hidden_states=True).hidden_states[self.layer][:, 1:]
+        return projector(seen).float()
 
     def forward(self, pixels: Tensor, num_items_in_batch=None) -> dict[str, Tensor]:
-        """uint8 pictures [B, 3, 96, 96] → loss and, per picture, the share of variance that is explained."""
-        with torch.no_grad():
-            tower, projector = self.teacher
-            seen = tower(normalize(pixels), output_hidden_states=True).hidden_states[self.layer][:, 1:]
-            wanted = projector(seen).float()  # [B, cells, C]
-            scale = wanted.flatten(0, 1).std(0)
-            far = ((wanted - wanted.mean((0, 1))) / scale).square().mean(-1)
-            weight = (far / far.mean()).clamp(0.1, 4.0)
+        """uint8 pictures [B, 3, 96, 96] → loss and, per picture, the share of the variance that is missed."""
+        wanted = self.features(pixels) - self.place
+        far = (wanted / self.scale).square().mean(-1)
+        weight = (far / far.mean()).clamp(0.1, 4.0)
+        wanted = wanted + self.place.mean(0)
         frames = pixels[:, None]
         got = self.visual(to_patches(frames), grid_thw=grid_of(frames)).pooler_output.float().view_as(wanted)
-        miss = ((got - wanted) / scale).square().mean(-1)
+        miss = ((got - wanted) / self.scale).square().mean(-1)
         loss = (weight * miss).sum() / weight.sum()
         return {"loss": loss, "missed": miss.mean(1).detach() / far.mean(1)}
 
@@ -186,8 +199,8 @@ def train_copy(recipe: QwenRecipe, folder: Path, model, base, pairs: list[tuple]
         model.model.visual.load_state_dict(torch.load(done, weights_only=True))
         return
     seed = TRAINING_SEED + recipe.seed
-    large = SceneConfig(sizes=(11, 43), objects=(1, 2))
-    configs = (SceneConfig(), TOWER_SCENES, SceneConfig(), large)
+    full = replace(TOWER_SCENES, objects=(3, 6))  # most of a picture is ground, which is learnt at once
+    configs = (SceneConfig(), full, full, SceneConfig(sizes=(11, 43), objects=(1, 2)))
     dataset = ViewDataset(seed, recipe.copy_steps * recipe.copy_batch, configs, pairs)
     validation = ViewDataset(VALIDATION_SEED, recipe.validation_images, (SceneConfig(),))
     measure = Measure(lambda m: measure_copy(m, validation), recipe.measure_every)
@@ -195,7 +208,8 @@ def train_copy(recipe: QwenRecipe, folder: Path, model, base, pairs: list[tuple]
         folder, recipe.copy_steps, recipe.copy_batch, recipe.copy_rate, seed, save_steps=recipe.save_every,
         label_names=[], warmup_steps=min(50, recipe.copy_steps // 5),
     )  # fmt: skip
-    train(CopyModel(model.model.visual, base), args, dataset, collate_views, measure, resume)
+    sample = collate_views([validation[i] for i in range(len(validation))])["pixels"]
+    train(CopyModel(model.model.visual, base, sample), args, dataset, collate_views, measure, resume)
     torch.save(model.model.visual.state_dict(), done)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from .data import IGNORED, KIND_WEIGHTS, QuestionCollator, normalize, to_pixels
+from .data import IGNORED, QuestionCollator, normalize, to_pixels
 from .processor import build_tokenizer, words
 from .questions import ask
 from .scenes import SceneConfig, make_scene
@@ -19,6 +19,10 @@ SIDES = (32, 40, 48, 56, 64, 72, 80, 88)  # heights that a share of the pictures
 VISUAL = {
     "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
     "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+}  # fmt: skip
+# places are what the language model has to learn anew; digits come with it
+WEIGHTS = {
+    "color": 1.0, "shape": 1.0, "count": 1.5, "existence": 1.2, "position": 1.6, "relation": 1.4, "digit": 1.0,
 }  # fmt: skip
 PIXELS = {"shortest_edge": 16 * CELL**2, "longest_edge": 576 * CELL**2}  # 16 to 576 tokens per image or frame
 TEMPLATE = (
@@ -128,7 +132,7 @@ class QwenDataset(Dataset):
             frames = (image if run.random() < 0.6 else _scaled(image, min(side, 64), narrower),)
         else:
             scene = make_scene(self.seed, i)
-            qas = ask(scene, rng, self.questions, KIND_WEIGHTS)
+            qas = ask(scene, rng, self.questions, WEIGHTS)
             frames = (_scaled(scene.image, side, narrower) if turn == 5 else scene.image,)
         return {"frames": torch.stack([to_pixels(frame) for frame in frames]), "qas": qas, "index": i}
 
