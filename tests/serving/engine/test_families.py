@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import vlmcompress
 from serving.engine import folders
 from serving.engine.asking import Request, answers, by_engine, by_transformers
 from serving.engine.conftest import ASSETS
 from serving.engine.widened import widen
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vlmcompress
 
 SIZES = [(60, 50), (30, 90), (96, 96), (130, 40), (64, 63)]
 MARK = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
@@ -20,7 +20,9 @@ MARK = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|
 
 def noise(size: tuple[int, int]) -> Image.Image:
     width, height = size
-    pixels = np.random.default_rng(width * height).integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(width * height).integers(
+        0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 

@@ -24,7 +24,6 @@ from vllm.multimodal.processing import (
 )
 
 from ..counting import runs
-from ..settings import Settings
 from .vision import CompressedVision, counter_of, images_only
 
 
@@ -74,7 +73,7 @@ class CompressedInternVLProcessor(InternS1MultiModalProcessor):
 
 def build_info(ctx: InputProcessingContext) -> InternS1ProcessingInfo:
     """vLLM's own processing info, or ours. Raises ``ValueError`` for settings that cannot be served."""
-    compressed = Settings.of(ctx.get_hf_config()) is not None
+    compressed = counter_of(ctx.get_hf_config()) is not None
     return (CompressedInternVLInfo if compressed else InternS1ProcessingInfo)(ctx)
 
 

@@ -32,11 +32,10 @@ class CompressedLlavaInfo(LlavaProcessingInfo):
 def build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:
     """vLLM's own processing info, or ours. Raises ``ValueError`` for settings that cannot be served."""
     config = ctx.get_hf_config(LlavaConfig)
-    if Settings.of(config) is None:
-        return _build_llava_or_pixtral_hf_info(ctx)
-    if isinstance(config.vision_config, PixtralVisionConfig):
+    if Settings.of(config) is not None and isinstance(config.vision_config, PixtralVisionConfig):
         raise ValueError("vlmcompress serves LLaVA models with a CLIP or SigLIP tower; this one has Pixtral's.")
-    return CompressedLlavaInfo(ctx)
+    compressed = counter_of(config) is not None
+    return CompressedLlavaInfo(ctx) if compressed else _build_llava_or_pixtral_hf_info(ctx)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -19,7 +19,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import InputProcessingContext
 
-from ..settings import Settings
 from .vision import RESAVED, CompressedVision, counter_of
 
 
@@ -47,7 +46,7 @@ class CompressedLlavaNextInfo(CountedBySize, LlavaNextProcessingInfo):
 
 def build_info(ctx: InputProcessingContext) -> LlavaNextProcessingInfo:
     """vLLM's own processing info, or ours. Raises ``ValueError`` for settings that cannot be served."""
-    compressed = Settings.of(ctx.get_hf_config(LlavaNextConfig)) is not None
+    compressed = counter_of(ctx.get_hf_config(LlavaNextConfig)) is not None
     return (CompressedLlavaNextInfo if compressed else LlavaNextProcessingInfo)(ctx)
 
 

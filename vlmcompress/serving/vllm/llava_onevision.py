@@ -18,9 +18,8 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
-from ..settings import Settings
 from .llava_next import CountedBySize, tiled
-from .vision import RESAVED, CompressedVision, images_only
+from .vision import RESAVED, CompressedVision, counter_of, images_only
 
 
 class CompressedLlavaOnevisionInfo(CountedBySize, LlavaOnevisionProcessingInfo):
@@ -34,7 +33,7 @@ class CompressedLlavaOnevisionInfo(CountedBySize, LlavaOnevisionProcessingInfo):
 
 def build_info(ctx: InputProcessingContext) -> LlavaOnevisionProcessingInfo:
     """vLLM's own processing info, or ours. Raises ``ValueError`` for settings that cannot be served."""
-    compressed = Settings.of(ctx.get_hf_config(LlavaOnevisionConfig)) is not None
+    compressed = counter_of(ctx.get_hf_config(LlavaOnevisionConfig)) is not None
     return (CompressedLlavaOnevisionInfo if compressed else LlavaOnevisionProcessingInfo)(ctx)
 
 

@@ -22,7 +22,6 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext, PromptReplacement, PromptUpdate
 
-from ..settings import Settings
 from .mrope import placed, split_places, text_positions, with_places
 from .vision import CompressedVision, counter_of
 
@@ -126,7 +125,7 @@ class CompressedPositions(CompressedVision):
 
 def build_info(ctx: InputProcessingContext) -> Qwen2_5_VLProcessingInfo:
     """vLLM's own processing info, or ours. Raises ``ValueError`` for settings that cannot be served."""
-    compressed = Settings.of(ctx.get_hf_config(), mrope=True) is not None
+    compressed = counter_of(ctx.get_hf_config()) is not None
     return (CompressedQwen25VLInfo if compressed else Qwen2_5_VLProcessingInfo)(ctx)
 
 

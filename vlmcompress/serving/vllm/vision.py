@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 
+from ...registry import ADAPTERS
 from ..counting import TokenCounter
 from ..half import vision_half
 from ..settings import Settings
@@ -35,7 +36,7 @@ class CompressedVision(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        settings = Settings.of(config)
+        settings = settings_of(config)
         # a server of ready-made embeddings (--limit-mm-per-prompt image=0) loads no tower
         if settings is None or isinstance(next(iter(self._towers())), StageMissingLayer):
             return
@@ -96,9 +97,14 @@ def images_only(compressed: type, ours: type, stock: type) -> Callable[[Any], An
     return lambda info: (ours if isinstance(info, compressed) else stock)(info)
 
 
+def settings_of(config: Any) -> Settings | None:
+    """The settings in a served model's configuration; None where it has none. Raises ``ValueError`` for bad ones."""
+    return Settings.of(config, mrope=ADAPTERS.get(config.model_type).mrope)
+
+
 def counter_of(config: Any) -> TokenCounter | None:
     """What counts the tokens of images for a model's configuration; None where nothing is compressed."""
-    settings = Settings.of(config)
+    settings = settings_of(config)
     return None if settings is None else _counter(_Hashed(config, settings))
 
 
