@@ -49,6 +49,32 @@ def step(page, where, value):
     )
 
 
+def ask(page, picture, question, tokens):
+    """Put a question on the first tab, whose picture makes ``tokens`` visual tokens; waits for everything."""
+    upload(page, "#vc-image", picture)
+    wait_for_words(page, "#vc-budget-words", f"of {tokens}")
+    say(page, "#vc-question", question)
+    answered(page)
+
+
+def answered(page):
+    """Ask, and wait for the answers, the costs and the picture."""
+    page.click("#vc-ask")
+    page.wait_for_selector("#vc-costs .vc-metric")
+    page.wait_for_selector("#vc-picture img")
+
+
+def load(page, name, words):
+    """Load another model, and wait until ``words`` name it."""
+    if not page.locator("#vc-model-name").is_visible():
+        page.locator("#vc-model button").first.click()
+    box = page.locator("#vc-model-name input")
+    box.fill(str(name))
+    box.press("Enter")
+    page.click("#vc-model-load")
+    wait_for_words(page, "#vc-model-current", words)
+
+
 def say(page, where, text):
     page.locator(f"{where} textarea, {where} input").first.fill(text)
 
@@ -72,3 +98,7 @@ def too_wide(page):
 
 def wait_for_words(page, where, words):
     page.wait_for_function("([w, t]) => document.querySelector(w).innerText.includes(t)", arg=[where, words])
+
+
+def wait_for_fewer(page, what, count):
+    page.wait_for_function("([w, n]) => document.querySelectorAll(w).length < n", arg=[what, count])

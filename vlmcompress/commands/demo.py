@@ -14,6 +14,9 @@ def demo(model: str | None, port: int | None, device: str, share: bool, results:
         raise ValueError("This installation ships no model; name a folder or a hub id: vlmcompress demo MODEL")
     if results is not None and not results.is_dir():
         raise ValueError(f"There is no folder '{results}'.")
+    from transformers.utils import logging
+
     from ..demo.app import serve
 
+    logging.enable_progress_bar()  # the page shows how far a model is loaded
     serve(model or str(DEFAULT), port=port, device=device, share=share, results=results or RESULTS)

@@ -17,7 +17,7 @@ from . import html, tab_ask, tab_compare, tab_sweep, tab_table
 from .figures import Shelf
 from .images import MAX_BYTES
 from .models import RESULTS, Pool, shipped
-from .parts import MODEL, Page, told
+from .parts import LOADING, Page, told
 
 #: seconds: how often files of sessions are looked through, and how old they get
 CLEANING = (600, 3600)
@@ -49,7 +49,7 @@ def build(pool: Pool, model: str, shelf: Shelf, results: Path = RESULTS) -> gr.B
 
 def _connect_loading(page: Page, name: gr.Dropdown, load: gr.Button, message: gr.HTML, current: gr.HTML) -> None:
     @told(message)
-    def loading(wanted: str) -> Iterator[dict[Any, Any]]:
+    def loading(wanted: str, progress: gr.Progress = gr.Progress(track_tqdm=True)) -> Iterator[dict[Any, Any]]:
         wanted = (wanted or "").strip()
         yield {message: html.sentence(f"Loading {wanted} …", "note"), load: gr.update(interactive=False)}
         try:
@@ -62,7 +62,7 @@ def _connect_loading(page: Page, name: gr.Dropdown, load: gr.Button, message: gr
     followers = [component for component, _ in page.followers]
     load.click(
         loading, name, [message, load, page.model, current, *followers], show_progress="full", show_progress_on=[current],
-        **MODEL,
+        **LOADING,
     )  # fmt: skip
 
 

@@ -21,8 +21,7 @@ class Metric:
     """A row of bars. ``of(answer, report)`` with ``report`` that of the compressed run: None where it is not known."""
 
     label: str
-    unit: str
-    form: str
+    words: Callable[[float], str]
     of: Callable[[Answer, Report], float | None]
     more_is_better: bool = False
 
@@ -31,23 +30,36 @@ def _by_side(before: Callable[[Report], float | None], after: Callable[[Report],
     return lambda answer, report: (before if answer.name == UNCOMPRESSED else after)(report)
 
 
+def operations(count: float) -> str:
+    """Floating-point operations in the unit that leaves one to three digits before the point."""
+    for factor, unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")):
+        if count >= factor:
+            return f"{count / factor:,.3g} {unit}"
+    return f"{count / 1e3:,.3g} kFLOPs"
+
+
+def _kib(count: float) -> str:
+    return f"{count / 1024:,.0f} KiB"
+
+
+def _ms(time: float) -> str:
+    return f"{time:,.1f} ms"
+
+
 METRICS = (
-    Metric("Visual tokens in", "", ",.0f", _by_side(lambda r: r.tokens_before, lambda r: r.tokens)),
+    Metric("Visual tokens in", "{:,.0f}".format, _by_side(lambda r: r.tokens_before, lambda r: r.tokens)),
     Metric(
-        "Visual tokens, average over layers", "", ",.1f",
+        "Visual tokens, average over layers", "{:,.1f}".format,
         _by_side(lambda r: r.tokens_before, lambda r: r.layer_averaged_tokens),
     ),
     Metric(
-        "FLOPs of the prefill", "GFLOPs", ",.4g",
-        _by_side(
-            lambda r: r.flops_before["full"] / 1e9 if r.flops_before else None,
-            lambda r: r.flops["full"] / 1e9 if r.flops else None,
-        ),
+        "FLOPs of the prefill", operations,
+        _by_side(lambda r: r.flops_before.get("full"), lambda r: r.flops.get("full")),
     ),
-    Metric("Keys and values", "KiB", ",.0f", _by_side(lambda r: r.kv_bytes_before / 1024, lambda r: r.kv_bytes / 1024)),
-    Metric("Prefill", "ms", ",.1f", lambda a, r: a.prefill.median if a.prefill else None),
-    Metric("Time to first token", "ms", ",.1f", lambda a, r: a.first_ms),
-    Metric("Decoding", "tokens/s", ",.3g", lambda a, r: a.tokens_per_s, more_is_better=True),
+    Metric("Keys and values", _kib, _by_side(lambda r: r.kv_bytes_before, lambda r: r.kv_bytes)),
+    Metric("Prefill", _ms, lambda a, r: a.prefill.median if a.prefill else None),
+    Metric("Time to first token", _ms, lambda a, r: a.first_ms),
+    Metric("Decoding", "{:,.3g} tokens/s".format, lambda a, r: a.tokens_per_s, more_is_better=True),
 )  # fmt: skip
 
 
@@ -81,9 +93,11 @@ def costs(run: Run, name: str) -> str:
     rows = [_bars(metric, before, after, after.report) for metric in METRICS]
     notes = [after.report.note] if after.report.note else []
     if after.report.flops:
-        notes.append(f"The method's own work, inside: {after.report.compressor_flops / 1e9:,.3g} GFLOPs.")
+        notes.append(f"The method's own work, inside: {operations(after.report.compressor_flops)}.")
     if after.prefill:
         notes.append(f"Prefill: median of {after.prefill.runs}, taken in turns with the uncompressed model.")
+    else:
+        notes.append("Prefill: too slow here to be repeated for the clock.")
     legend = (
         '<p class="vc-legend"><span class="vc-key vc-before"></span>uncompressed'
         '<span class="vc-key vc-after"></span>compressed</p>'
@@ -96,7 +110,7 @@ def _bars(metric: Metric, before: Answer, after: Answer, report: Report) -> str:
     most = max(a or 0, b or 0) or 1
 
     def bar(kind: str, value: float | None) -> str:
-        text = "not measured" if value is None else f"{value:{metric.form}} {metric.unit}".strip()
+        text = "not measured" if value is None else metric.words(value)
         width = 100 * (value or 0) / most
         return (
             f'<div class="vc-line"><div class="vc-track"><div class="vc-bar vc-{kind}" style="width:{width:.2f}%"></div>'
@@ -113,7 +127,7 @@ def _ratio(metric: Metric, before: float | None, after: float | None) -> str:
     """How the compressed side compares, in words that hold for both directions."""
     if not before or not after:
         return ""
-    if f"{before:{metric.form}}" == f"{after:{metric.form}}":
+    if metric.words(before) == metric.words(after):
         return "the same"
     factor, word = max(before, after) / min(before, after), "more" if after > before else "less"
     if metric.more_is_better:
@@ -157,42 +171,50 @@ def embedded(picture: Image.Image) -> str:
 
 def grid(run: Run, pictures: dict[str, Image.Image]) -> str:
     """The comparison: a card for every answer with its picture and costs."""
-    cards = []
-    reference = run.answers[UNCOMPRESSED]
-    for name, answer in run.answers.items():
-        title = escape(name)
-        if answer.error:
-            cards.append(
-                f'<article class="vc-cell vc-failed"><h3>{title}</h3><p class="vc-small">{escape(answer.error)}</p></article>'
-            )
-            continue
-        image = ""
-        if name in pictures:
-            image = (
-                f'<label class="vc-zoom" title="enlarge"><input type="checkbox" aria-label="enlarge the picture of {title}">'
-                f'<img src="{embedded(pictures[name])}" alt="tokens kept by {title}"></label>'
-            )
-        same = "" if name == UNCOMPRESSED or not answer.done else (
-            '<span class="vc-tag">same answer</span>' if answer.text == reference.text
-            else '<span class="vc-tag vc-other">other answer</span>'
-        )  # fmt: skip
-        text = escape(answer.text) or ("(nothing)" if answer.done else "…")
-        cards.append(
-            f'<article class="vc-cell" data-method="{title}"><h3>{title} {same}</h3>{image}'
-            f'<p class="vc-answer">{text}</p>{_facts(answer)}</article>'
+    known = next((answer.report for answer in run.answers.values() if answer.report), None)
+    return (
+        f'<div class="vc-grid">{"".join(_cell(run, answer, pictures, known) for answer in run.answers.values())}</div>'
+    )
+
+
+def _cell(run: Run, answer: Answer, pictures: dict[str, Image.Image], known: Report | None) -> str:
+    """One card. ``known``: any report of the comparison, which tells what the uncompressed model costs."""
+    title = escape(answer.name)
+    if answer.error:
+        words = f'<p class="vc-small">{escape(answer.error)}</p>'
+        return f'<article class="vc-cell vc-failed"><h3>{title}</h3>{words}</article>'
+    image, tag = "", ""
+    if answer.name in pictures:
+        image = (
+            f'<label class="vc-zoom" title="enlarge"><input type="checkbox" aria-label="enlarge the picture of {title}">'
+            f'<img src="{embedded(pictures[answer.name])}" alt="tokens kept by {title}"></label>'
         )
-    return f'<div class="vc-grid">{"".join(cards)}</div>'
+    if answer.name != UNCOMPRESSED and answer.done:
+        same = answer.text == run.answers[UNCOMPRESSED].text
+        tag = f'<span class="vc-tag{"" if same else " vc-other"}">{"same" if same else "other"} answer</span>'
+    text = escape(answer.text) or ("(nothing)" if answer.done else "…")
+    return (
+        f'<article class="vc-cell" data-method="{title}"><h3>{title} {tag}</h3>{image}'
+        f'<p class="vc-answer">{text}</p>{_facts(answer, known)}</article>'
+    )
 
 
-def _facts(answer: Answer) -> str:
+def _facts(answer: Answer, known: Report | None) -> str:
     facts = []
-    if answer.report is not None:
-        facts += [f"{answer.report.tokens:,} tokens in", f"layer average {answer.report.layer_averaged_tokens:,.1f}"]
-        if answer.report.flops:
-            facts.append(f"{100 * answer.report.flops['full'] / answer.report.flops_before['full']:.0f} % of the FLOPs")
-        facts.append(f"{answer.report.kv_bytes / 1024:,.0f} KiB of keys and values")
+    report = answer.report
+    if report is not None:
+        facts += [f"{report.tokens:,} tokens in", f"layer average {report.layer_averaged_tokens:,.1f}"]
+        if report.flops:
+            share = report.flops["full"] / report.flops_before["full"]
+            facts.append(f"{operations(report.flops['full'])} ({100 * share:.0f} %)")
+        facts.append(f"{_kib(report.kv_bytes)} of keys and values")
+    elif known is not None and answer.name == UNCOMPRESSED:
+        facts += [f"{known.tokens_before:,} tokens in", f"layer average {known.tokens_before:,.1f}"]
+        if known.flops_before:
+            facts.append(operations(known.flops_before["full"]))
+        facts.append(f"{_kib(known.kv_bytes_before)} of keys and values")
     if answer.prefill is not None:
-        facts.append(f"prefill {answer.prefill.median:,.1f} ms")
+        facts.append(f"prefill {_ms(answer.prefill.median)}")
     elif answer.first_ms is not None:
         facts.append(f"first token after {answer.first_ms:,.0f} ms")
     return f'<ul class="vc-facts">{"".join(f"<li>{escape(fact)}</li>" for fact in facts)}</ul>'

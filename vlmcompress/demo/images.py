@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,8 +30,13 @@ def open_upload(path: str | Path) -> tuple[Image.Image, list[str]]:
         raise ValueError("The picture is no longer there; upload it once more.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"The picture is larger than {MAX_BYTES >> 20} MiB; upload a smaller one.")
+    return decode(path)
+
+
+def decode(file: Path | BinaryIO) -> tuple[Image.Image, list[str]]:
+    """What :func:`open_upload` makes of a file that is there and not too large. Raises ``ValueError`` likewise."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
             frames = getattr(image, "n_frames", 1)
             image.draft("RGB", (LONGEST, LONGEST))  # JPEG only: decode at a fraction where that is enough

@@ -50,7 +50,7 @@ class Pool:
     def __init__(self, device: str = "cpu", size: int = 2):
         self.device, self.size = device, size
         self._models: OrderedDict[str, Loaded] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def get(self, name: str) -> Loaded:
         """The model ``name``, loaded and warmed up where it is not there yet.
@@ -62,15 +62,25 @@ class Pool:
         name = str(name).strip()
         if not name:
             raise ValueError("Name a model: a folder on this machine or a hub id.")
+        found = self._known(name)
+        if found is not None:
+            return found
+        with self._loading:  # whoever uses a model that is there need not wait for this
+            found = self._known(name)
+            if found is None:
+                found = Loaded(name, *load(name, device=self.device))
+                _warm_up(found)
+                with self._lock:
+                    self._models[name] = found
+                    while len(self._models) > self.size:
+                        self._models.popitem(last=False)
+            return found
+
+    def _known(self, name: str) -> Loaded | None:
         with self._lock:
-            if name not in self._models:
-                loaded = Loaded(name, *load(name, device=self.device))
-                _warm_up(loaded)
-                self._models[name] = loaded
-            self._models.move_to_end(name)
-            while len(self._models) > self.size:
-                self._models.popitem(last=False)
-            return self._models[name]
+            if name in self._models:
+                self._models.move_to_end(name)
+            return self._models.get(name)
 
 
 def _warm_up(loaded: Loaded) -> None:

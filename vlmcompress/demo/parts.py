@@ -20,6 +20,8 @@ from .models import Loaded, Pool
 
 #: events that run the model wait for each other, whoever sent them
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
+#: loading does not hold up those who ask a model that is there
+LOADING = {"concurrency_id": "loading", "concurrency_limit": 1}
 SILENT: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 START = STEPS - 8  # a quarter of the tokens
 
@@ -27,7 +29,7 @@ START = STEPS - 8  # a quarter of the tokens
 def upload_box(elem_id: str) -> gr.Image:
     """A picture to upload; events get its path as it is, so that :func:`~.images.open_upload` is the only decoder."""
     image = gr.Image(
-        label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id=elem_id, buttons=[]
+        label="Picture", type="filepath", sources=["upload", "clipboard"], height=260, elem_id=elem_id, buttons=[]
     )
     image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return image

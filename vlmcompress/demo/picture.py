@@ -14,6 +14,8 @@ from .ask import Answer, Run
 
 SIDE = 672
 SEAM, GROUP = (255, 255, 255), (15, 15, 15)
+#: opacity of the colours over kept and over dropped tokens, of 255
+VEIL, PALE = 115, 60
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,24 @@ def _ranks(scores) -> np.ndarray | None:
     return out
 
 
+def legend(answer: Answer, layer: int = 0, *, colour: bool = True) -> str:
+    """What is to be seen in the picture of :func:`paint`, in words."""
+    assert answer.ledger is not None
+    found = panels(answer.ledger, layer)
+    words = [f"Framed: what decoder layer {layer} works on. Pale: dropped before."]
+    if any((panel.group >= 0).any() for panel in found):
+        words.append("Black outlines: tokens merged into the one with the dot.")
+    if any(len(np.unique(panel.view[panel.there])) > 1 for panel in found):
+        words.append("Double lines: seams of the crops.")
+    if len(found) > 1:
+        words.append("Below: the whole picture, which the model sees as well.")
+    if colour and any(np.isfinite(panel.score).any() for panel in found):
+        words.append("Colour: rank of the method's score, from violet (lowest) to yellow (highest).")
+    elif colour:
+        words.append("This method publishes no scores, so nothing is coloured.")
+    return " ".join(words)
+
+
 def paint(run: Run, answer: Answer, layer: int = 0, *, colour: bool = True, side: int = SIDE) -> Image.Image:
     """The picture for one compressed answer; the thumbnail of a tiled picture stands below the crops."""
     assert answer.ledger is not None
@@ -112,9 +132,12 @@ def _panel(image: Image.Image, panel: Panel, colour: bool, side: int) -> Image.I
     cell = max(1, round(side / max(rows, columns)))
     size = (columns * cell, rows * cell)
     picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    if colour and np.isfinite(panel.score).any():
-        picture = _tinted(picture, panel.score)
+    coloured = colour and np.isfinite(panel.score).any()
+    if coloured:
+        picture = _tinted(picture, panel.score, panel.alive, VEIL)
     out = draw(picture, panel.alive, side=cell * max(rows, columns))
+    if coloured:
+        out = _tinted(out, panel.score, ~panel.alive, PALE)
     pen = ImageDraw.Draw(out)
     if (panel.group >= 0).any():
         _seams(pen, panel.group, cell, max(1, cell // 16), GROUP)
@@ -122,18 +145,20 @@ def _panel(image: Image.Image, panel: Panel, colour: bool, side: int) -> Image.I
             x, y, r = (int(column) + 0.5) * cell, (int(row) + 0.5) * cell, max(1.5, cell / 7)
             pen.ellipse((x - r, y - r, x + r, y + r), fill="white", outline=GROUP)
     if len(np.unique(panel.view[panel.there])) > 1:
-        _seams(pen, panel.view, cell, max(2, cell // 8), SEAM)
+        line = max(2, cell // 8)
+        _seams(pen, panel.view, cell, line + 4, GROUP)
+        _seams(pen, panel.view, cell, line, SEAM)
     return out
 
 
-def _tinted(picture: Image.Image, score: np.ndarray) -> Image.Image:
-    """``picture`` under a veil of colours, dark blue for the lowest rank to yellow for the highest."""
+def _tinted(picture: Image.Image, score: np.ndarray, where: np.ndarray, opacity: int) -> Image.Image:
+    """``picture`` under a veil of colours ``where`` a rank is known, dark violet for the lowest to yellow for the highest."""
     from matplotlib import colormaps
 
-    known = np.isfinite(score)
+    known = np.isfinite(score) & where
     colours = (colormaps["viridis"](np.where(known, score, 0))[..., :3] * 255).astype(np.uint8)
     veil = Image.fromarray(colours).resize(picture.size, Image.Resampling.NEAREST)
-    mask = Image.fromarray((known * 115).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
+    mask = Image.fromarray((known * opacity).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(veil, picture, mask)
 
 

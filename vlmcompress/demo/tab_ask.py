@@ -15,7 +15,7 @@ from .ask import UNCOMPRESSED, Run, ask, check_question, compose, tokens_at
 from .figures import run_dict
 from .models import SAMPLES, Loaded, methods_for, second_stages
 from .parts import MODEL, SILENT, Page, budget_slider, looked_at, opened, told, upload_box, words_of
-from .picture import paint
+from .picture import legend, paint
 
 METHOD = "vtc-cls"
 NONE = "(none)"
@@ -50,7 +50,7 @@ def build(page: Page) -> None:
                 label="Question", placeholder="what color is the ring", lines=1, elem_id="vc-question"
             )
             if examples():
-                gr.Examples(examples(), [image, question], label="Examples", examples_per_page=4)
+                gr.Examples(examples(), [image, question], label="Examples", examples_per_page=4, elem_id="vc-examples")
         with gr.Column(min_width=300):
             method = gr.Dropdown(_choices(family), value=first_method(family), label="Method", elem_id="vc-method")
             slider, words = budget_slider("vc-budget")
@@ -71,10 +71,11 @@ def build(page: Page) -> None:
                 label="Kept tokens", interactive=False, type="pil", format="png", elem_id="vc-picture",
                 buttons=["download", "fullscreen"], alt_text="the picture, its dropped tokens dimmed",
             )  # fmt: skip
+            told_picture = gr.HTML(elem_id="vc-picture-words")
             layer = gr.Slider(
                 0, page.first.layers - 1, 0, step=1, label="Decoder layer", elem_id="vc-layer", buttons=[]
             )
-            colour = gr.Checkbox(True, label="Colour by rank of the method's score (yellow: highest)")
+            colour = gr.Checkbox(True, label="Colour by the method's score", elem_id="vc-colour")
             layers = gr.HTML(elem_id="vc-profile")
         with gr.Column(min_width=300):
             costs = gr.HTML(elem_id="vc-costs")
@@ -83,11 +84,12 @@ def build(page: Page) -> None:
     def drawn(run: Run | None, layer_value: float, coloured: bool) -> dict[Any, Any]:
         answer = None if run is None else next((a for n, a in run.answers.items() if n != UNCOMPRESSED), None)
         if answer is None or answer.ledger is None:
-            return {picture: None, layers: ""}
+            return {picture: None, told_picture: "", layers: ""}
         tokens = answer.report.layer_tokens
         shown = min(int(layer_value), len(tokens) - 1)
         return {
             picture: paint(run, answer, shown, colour=coloured),
+            told_picture: html.sentence(legend(answer, shown, colour=coloured), "note"),
             layers: html.profile(answer.report.tokens_before, tokens, shown),
         }
 
@@ -104,7 +106,7 @@ def build(page: Page) -> None:
         )
         yield {
             before: html.answer_card("Uncompressed", None), after: html.answer_card(f"Compressed: {chosen.name}", None),
-            costs: "", picture: None, layers: "", kept: None, save: gr.update(interactive=False),
+            costs: "", picture: None, told_picture: "", layers: "", kept: None, save: gr.update(interactive=False),
         }  # fmt: skip
         run = None
         for run in ask(loaded, shot, text, {chosen.name: chosen}, positions=policy, new_tokens=int(longest)):
@@ -121,7 +123,8 @@ def build(page: Page) -> None:
 
     asked = [image, question, method, slider, second, options, others, positions, length, layer, colour, page.model]
     gr.on(
-        [go.click, question.submit], answered, asked, [message, before, after, costs, picture, layers, kept, save],
+        [go.click, question.submit], answered, asked,
+        [message, before, after, costs, picture, told_picture, layers, kept, save],
         show_progress="minimal", show_progress_on=[after], **MODEL,
     )  # fmt: skip
 
@@ -131,7 +134,7 @@ def build(page: Page) -> None:
 
     image.change(look, [image, slider, method, page.model], [count, looked, words], **SILENT, **MODEL)
     gr.on([slider.change, method.change], words_of, [slider, count, method], words, **SILENT)
-    gr.on([layer.change, colour.change], drawn, [kept, layer, colour], [picture, layers], **SILENT)
+    gr.on([layer.change, colour.change], drawn, [kept, layer, colour], [picture, told_picture, layers], **SILENT)
 
     page.follow(method, lambda m: gr.update(choices=_choices(m.family), value=first_method(m.family)))
     page.follow(second, lambda m: gr.update(choices=[NONE, *second_stages(m.family)], value=NONE))

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from . import html
-from .ask import MOST_METHODS, ask, check_question, plan, takes_budget, tokens_at
+from .ask import MOST_METHODS, UNCOMPRESSED, ask, check_question, plan, takes_budget, tokens_at
 from .figures import compare_figure, run_dict
 from .models import methods_for
 from .parts import MODEL, SILENT, Page, budget_slider, looked_at, opened, told, upload_box, words_of
@@ -31,6 +32,12 @@ def usual(family: str) -> list[str]:
     return [name for name in USUAL if name in comparable(family)]
 
 
+def whole(image: Image.Image) -> Image.Image:
+    """The picture as it was uploaded, as large as the others in the grid."""
+    scale = SIDE / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+
 def build(page: Page) -> None:
     """Put the tab's components on the page and connect them."""
     family = page.first.family
@@ -41,7 +48,9 @@ def build(page: Page) -> None:
             looked = gr.HTML()
             question = gr.Textbox(label="Question", placeholder="what color is the ring", elem_id="vc-compare-question")
             if examples():
-                gr.Examples(examples(), [image, question], label="Examples", examples_per_page=4)
+                gr.Examples(
+                    examples(), [image, question], label="Examples", examples_per_page=4, elem_id="vc-compare-examples"
+                )
         with gr.Column(min_width=300):
             methods = gr.Dropdown(
                 comparable(family), value=usual(family), multiselect=True, max_choices=MOST_METHODS,
@@ -53,6 +62,9 @@ def build(page: Page) -> None:
             with gr.Row():
                 as_json = gr.DownloadButton("Download as JSON", interactive=False, size="sm", elem_id="vc-compare-json")
                 as_png = gr.DownloadButton("Download as PNG", interactive=False, size="sm", elem_id="vc-compare-png")
+    gr.HTML(
+        html.sentence("Framed: what the last decoder layer still works on. A click on a picture enlarges it.", "note")
+    )
     grid = gr.HTML(elem_id="vc-compare-grid")
 
     @told(message)
@@ -63,14 +75,14 @@ def build(page: Page) -> None:
         n, _ = looked_at(page, path, model)
         composed = plan(chosen or [], tokens_at(step, n or 1))
         yield {grid: "", as_json: gr.update(interactive=False), as_png: gr.update(interactive=False)}
-        run, finished, pictures = None, 0, {}
+        run, finished, pictures = None, 0, {UNCOMPRESSED: whole(shot)}
         for run in ask(loaded, shot, text, composed):
             ready = sum(answer.done for answer in run.answers.values())
             if ready > finished:
                 finished = ready
                 for name, answer in run.answers.items():
-                    if answer.ledger is not None and name not in pictures:
-                        pictures[name] = paint(run, answer, side=SIDE)
+                    if answer.ledger is not None and name not in pictures:  # what is left in the last layer
+                        pictures[name] = paint(run, answer, loaded.layers - 1, side=SIDE)
                 yield {grid: html.grid(run, pictures)}
         target = page.shelf.path("comparison.png")
         compare_figure(run, pictures, target)
