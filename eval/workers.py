@@ -7,6 +7,7 @@ nodes need no common disk.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,8 +46,36 @@ class Workers:
         return broadcast_object_list([value])[0]
 
 
+#: what other launchers leave in the environment of each process: how many there are. Slurm's is set by srun alone, not in
+#: a job's script, whose processes accelerate may start
+FOREIGN = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "WORLD_SIZE": "a launcher",
+}
+
+
+def refuse_foreign_launch() -> None:
+    """Raise ``ValueError`` where another launcher than accelerate started several of this process.
+
+    They would not know of each other, answer everything each, and write into one folder at a time.
+    """
+    if torch.distributed.is_torchelastic_launched():
+        return
+    for name, launcher in FOREIGN.items():
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ValueError(
+                f"{launcher} started {count} of this process ({name}={count}), which would all do the same work and write "
+                "the same files; start several with accelerate launch (docs/evaluation.md)."
+            )
+
+
 def workers(device: str) -> Workers:
     """The processes of this run; with ``device`` "cuda" each takes a GPU of its own."""
+    refuse_foreign_launch()
     if not torch.distributed.is_torchelastic_launched():
         return Workers(device=device)
     from accelerate import PartialState

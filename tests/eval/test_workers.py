@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from vlmcompress.commands.evaluate import Settings, evaluate
 from vlmcompress.eval.workers import Workers, workers
 
@@ -51,6 +53,28 @@ def test_two_processes_are_one_run(tiny_folder, tmp_path):
     again = evaluate(Settings(**{**vars(settings), "out": tmp_path / "two"}))
     assert json.loads(json.dumps(again["rows"])) == both["rows"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "two" / "answers").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("SLURM_STEP_NUM_TASKS", "srun"), ("WORLD_SIZE", "a launcher")],
+)
+def test_processes_of_another_launcher_are_refused(name, launcher, tiny_folder, tmp_path, monkeypatch):
+    """Each of them would answer everything, into one folder."""
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=rf"^{launcher} started 2 of this process \({name}=2\).*accelerate launch"):
+        evaluate(
+            Settings(str(tiny_folder), "grid", "9", TASKS, LIMIT, tmp_path / "out", 1, 5, 4, rounds=0, device="cpu")
+        )
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv(name, "1")
+    assert workers("cpu") == Workers(0, 1, "cpu")
+
+
+def test_a_job_script_that_runs_one_process_is_no_launch(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    assert workers("cpu") == Workers(0, 1, "cpu")
 
 
 def test_a_process_without_a_launcher_is_alone():

@@ -53,8 +53,9 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     from ..eval.rows import STANDARD, parse_keep, parse_row, plan
     from ..eval.store import Store, write_json
     from ..eval.tasks import load as load_task
-    from ..eval.workers import workers
+    from ..eval.workers import refuse_foreign_launch, workers
 
+    refuse_foreign_launch()
     names = STANDARD if settings.methods == "standard" else split(settings.methods, "methods")
     keeps = [parse_keep(k) for k in split(settings.keep, "keep")]
     seeds = range(settings.seeds)

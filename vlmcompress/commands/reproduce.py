@@ -58,7 +58,11 @@ def reproduce(settings: Settings) -> int:
     from ..eval import reproduce as run
     from ..eval import tables
     from ..eval.store import write_json
+    from ..eval.workers import refuse_foreign_launch
 
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError("reproduce starts its processes itself: --processes N.")
+    refuse_foreign_launch()
     table = _chosen(tables.read(settings.table), settings)
     pinned = table.tasks()
     if not pinned:
