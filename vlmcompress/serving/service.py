@@ -48,19 +48,17 @@ def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: in
     "<base64>"}, ...]}``; ``image_embeds`` is what vLLM takes in a content part of that type. What cannot be encoded is
     answered with HTTP 4xx and a sentence. ``GET /health`` answers once the tower is loaded.
     """
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from fastapi.responses import JSONResponse
 
     app = FastAPI(title="vlmcompress encoder")
     # a tower fills its device alone; what waits for it keeps its place
     turn = asyncio.Lock()
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health(request: Any) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
 
-    @app.post("/v1/encode")
-    async def encode(request: Request) -> Any:
+    async def encode(request: Any) -> JSONResponse:
         try:
             images = _images(await request.body(), max_pixels=max_pixels, max_images=max_images)
         except BadImage as error:
@@ -70,13 +68,11 @@ def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: in
                 tokens = await asyncio.to_thread(encoder, images)
             except ValueError as error:
                 return JSONResponse({"error": str(error)}, status_code=422)
-        return {
-            "width": encoder.width,
-            "images": [{"tokens": len(rows), "image_embeds": packed(rows)} for rows in tokens],
-        }
+        rows = [{"tokens": len(rows), "image_embeds": packed(rows)} for rows in tokens]
+        return JSONResponse({"width": encoder.width, "images": rows})
 
-    # annotations are text here, and FastAPI looks names up in the module
-    encode.__annotations__["request"] = Request
+    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/v1/encode", encode, methods=["POST"])
     return app
 
 

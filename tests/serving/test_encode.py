@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder: only tower and projector are loaded, its tokens are the compressed model's, its service says what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmcompress import compress
+from vlmcompress.serving.encode import Encoder, content_part, unpacked
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def base64_of(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_folder):
+    return Encoder.from_pretrained(str(tiny_folder), "vtc-cls", keep=9)
+
+
+def test_tokens_are_those_of_the_compressed_model(encoder, tiny_folder):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder).eval()
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    images = [noise(60, 90), noise(48, 48)]
+    seen = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for image, tokens in zip(images, encoder(images), strict=True):
+        inputs = processor(text="<image> what color", images=image, return_tensors="pt")
+        first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+        with compress(model, "vtc-cls", keep=9), torch.no_grad():
+            model(**inputs)
+        torch.testing.assert_close(tokens, seen.pop()[0, first : first + 9], atol=1e-6, rtol=0)
+    hook.remove()
+
+
+def test_no_decoder_layer_is_loaded(encoder):
+    names = [name for name, _ in encoder.model.named_parameters()]
+    assert not any(".layers." in name and "language_model" in name for name in names)
+    assert encoder.model.get_input_embeddings().weight.shape[0] == 1
+    assert encoder.width == 32
+
+
+def test_no_image_no_token(encoder):
+    assert encoder([]) == []
+
+
+def test_tensors_travel_as_text(encoder):
+    (tokens,) = encoder([noise(48, 48)])
+    part = content_part(tokens)
+    assert part["type"] == "image_embeds"
+    assert torch.equal(unpacked(part["image_embeds"]), tokens)
+    for bad in ("no base64!", base64.b64encode(b"nothing").decode(), ""):
+        with pytest.raises(ValueError, match="tensor"):
+            unpacked(bad)
+
+
+def test_what_cannot_be_encoded_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="cannot be served"):
+        Encoder.from_pretrained(str(tiny_folder), "fastv")
+    with pytest.raises(ValueError, match="keeps nothing"):
+        Encoder.from_pretrained(str(tiny_folder), "vtc-cls", keep=0)
+
+
+def test_families_counted_by_grid_are_refused():
+    from models_qwen import tiny_qwen
+
+    model = tiny_qwen(family="qwen2_5_vl")
+    with pytest.raises(ValueError, match="use the plug-in for vLLM"):
+        Encoder(model, None, "grid", keep=4)
+
+
+@pytest.fixture(scope="module")
+def client(encoder):
+    from fastapi.testclient import TestClient
+
+    from vlmcompress.serving.service import create_app
+
+    return TestClient(create_app(encoder, max_pixels=10_000, max_images=3))
+
+
+def test_the_service_encodes(client, encoder):
+    images = [noise(60, 90), noise(48, 48)]
+    address = "data:image/png;base64," + base64_of(images[1])
+    answer = client.post("/v1/encode", json={"images": [base64_of(images[0]), address]})
+    assert answer.status_code == 200 and answer.json()["width"] == 32
+    for found, expected in zip(answer.json()["images"], encoder(images), strict=True):
+        assert found["tokens"] == 9
+        assert torch.equal(unpacked(found["image_embeds"]), expected)
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "JSON"),
+        (b"{}", 400, "list of at least one"),
+        (b'{"images": []}', 400, "list of at least one"),
+        (b'{"images": [3]}', 400, "list of at least one"),
+        (b'{"images": ["***"]}', 400, "base64"),
+        (b'{"images": ["bm90aGluZw=="]}', 400, "no image"),
+        (b'{"images": ["a", "a", "a", "a"]}', 413, "more than the 3"),
+        (f'{{"images": ["{base64_of(noise(200, 100))}"]}}'.encode(), 413, "200 × 100"),
+        (f'{{"images": ["{base64_of(noise(60, 60))[:400]}"]}}'.encode(), 400, "damaged"),
+    ],
+)
+def test_bad_requests_get_a_sentence(client, body, status, words):
+    answer = client.post("/v1/encode", content=body)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]
