@@ -45,7 +45,9 @@ def by_engine(llm, requests: Sequence[Request], **options):
     """One output of vLLM for each request, all in one batch."""
     from vllm import SamplingParams
 
-    prompts = [{"prompt": r.text, **({"multi_modal_data": {"image": r.images}} if r.images else {})} for r in requests]
+    prompts = [
+        {"prompt": r.text, **({"multi_modal_data": {"image": r.images}} if len(r.images) else {})} for r in requests
+    ]
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, **options), use_tqdm=False)
 
 

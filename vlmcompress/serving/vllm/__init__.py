@@ -19,8 +19,16 @@ SERVED = {
     "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
 }
 
-#: families of ours that have no class here yet: they refuse the entry instead of serving all tokens without a word
-REFUSED = ()
+#: architectures of further families of ours → vLLM's module: they refuse the setting
+REFUSED = {
+    "Gemma3ForConditionalGeneration": "gemma3_mm",
+    "Idefics3ForConditionalGeneration": "idefics3",
+    "LlavaNextVideoForConditionalGeneration": "llava_next_video",
+    "PaliGemmaForConditionalGeneration": "paligemma",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "SmolVLMForConditionalGeneration": "smolvlm",
+}
 
 
 def register() -> None:
@@ -29,3 +37,5 @@ def register() -> None:
 
     for architecture, place in SERVED.items():
         ModelRegistry.register_model(architecture, f"{_PACKAGE}.{place}")
+    for architecture in REFUSED:
+        ModelRegistry.register_model(architecture, f"{_PACKAGE}.refused:{architecture}")
