@@ -224,6 +224,7 @@ class Bench(str, Enum):
     CACHE = "cache"
     STAGES = "stages"
     GPU = "gpu"
+    SERVE = "serve"
 
 
 @app.command()
@@ -232,7 +233,7 @@ def bench(
         Bench,
         typer.Argument(
             help="limit: distance to the speed limit; methods: all of them; cache: its policies; stages: every part of one "
-            "answer; gpu: 7B shapes by part, kernel and batch."
+            "answer; gpu: 7B shapes by part, kernel and batch; serve: vLLM under load."
         ),
     ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
@@ -245,6 +246,7 @@ def bench(
     from .commands.bench_cache import bench_cache
     from .commands.bench_gpu import bench_gpu
     from .commands.bench_methods import bench_methods
+    from .commands.bench_serve import bench_serve
     from .commands.bench_stages import bench_stages
 
     _set_threads(threads)
@@ -254,6 +256,7 @@ def bench(
         Bench.CACHE: bench_cache,
         Bench.STAGES: bench_stages,
         Bench.GPU: bench_gpu,
+        Bench.SERVE: bench_serve,
     }
     kinds[what](out, rounds, device)
 
