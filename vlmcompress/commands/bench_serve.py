@@ -155,7 +155,7 @@ def bench_serve(
     from ..eval import results
     from ..eval.store import write_json
 
-    path = result_path(out, "serve", device)
+    engine, path = _vllm_version(), result_path(out, "serve", device)
     flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}']
     if device == "cpu":
         flags += ["--dtype", "float32", "--enforce-eager"]
@@ -171,7 +171,7 @@ def bench_serve(
     report = {
         "schema": SCHEMA,
         "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
-        "environment": {**results.environment(device), "vllm": _vllm_version()},
+        "environment": {**results.environment(device), "vllm": engine},
         "shape": SHAPE if model is None else model,
         "flags": flags,
         "entry": entry,
