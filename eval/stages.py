@@ -117,8 +117,10 @@ def measure(
             with attached(model, watched), spans.watching(modules):
                 first = model.register_forward_hook(lambda *_: spans.end("prefill"))
                 spans.begin("prefill")
-                whole = milliseconds(lambda: _generate(model, inputs, new_tokens), model.device)
-                first.remove()
+                try:
+                    whole = milliseconds(lambda: _generate(model, inputs, new_tokens), model.device)
+                finally:
+                    first.remove()
                 runs[name].append(_parts(spans.take(), whole))
             return whole
 

@@ -117,24 +117,36 @@ def random_model(config: Any, device: str) -> Any:
 
 
 def _cell(model: Any, one: dict[str, Any], batch: int, methods: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The clocks of one batch size, or that memory does not suffice."""
+    import torch
+
+    try:
+        cases, fitting = _timed(model, one, batch, methods, rounds)
+    except torch.cuda.OutOfMemoryError:
+        cases = None
+    if cases is None:  # not inside the handler, whose traceback holds on to the tensors
+        torch.cuda.empty_cache()
+        return {"error": "out of memory"}
+    tokens = int((one["input_ids"] == model.config.image_token_id).sum())
+    return {"rounds": fitting, "visual_tokens": tokens, "cases": cases}
+
+
+def _timed(
+    model: Any, one: dict[str, Any], batch: int, methods: dict[str, Any], rounds: int
+) -> tuple[dict[str, Any], int]:
+    """Clocks by case, and the number of rounds that the time for one cell allows, three at least."""
     import torch
 
     from ..eval import stages, synthetic
     from ..eval.latency import milliseconds
 
-    try:
-        inputs = synthetic.batch_of(one, batch, model.dtype)
+    inputs = synthetic.batch_of(one, batch, model.dtype)
+
+    def once() -> None:
         with torch.inference_mode():
-            once = lambda: model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)  # noqa: E731
-            once()
-            seconds = milliseconds(once, model.device) / 1e3 * (1 + len(methods))
-        fitting = max(3, min(rounds, int(CELL_SECONDS / max(seconds, 1e-3)) - 1))
-        cases = stages.measure(model, inputs, methods, rounds=fitting, new_tokens=NEW_TOKENS)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"error": "out of memory"}
-    return {
-        "rounds": fitting,
-        "visual_tokens": int((one["input_ids"] == model.config.image_token_id).sum()),
-        "cases": cases,
-    }
+            model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+
+    once()
+    seconds = milliseconds(once, model.device) / 1e3 * (1 + len(methods))
+    fitting = max(3, min(rounds, int(CELL_SECONDS / max(seconds, 1e-3)) - 1))
+    return stages.measure(model, inputs, methods, rounds=fitting, new_tokens=NEW_TOKENS), fitting
