@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToDRE's order of tokens: cosines taken ahead in blocks give what one step at a time gives, ties included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmcompress.ops import diversity
+from vlmcompress.ops.diversity import diverse_order, unit_vectors
+
+
+def plain(x, pivot, steps, rule):
+    """One row, all cosines at once, in fp64."""
+    cosine = unit_vectors(x, torch.float64) @ unit_vectors(x, torch.float64).T
+    order = [int(pivot)]
+    while len(order) < steps:
+        seen = cosine[order]
+        score = seen.sum(0) if rule == "maxsum" else seen.amax(0)
+        score[order] = torch.inf
+        order.append(int(score.argmin()))
+    return order
+
+
+def features(seed, batch, n, width):
+    """Clusters, so that rankings move, and a common direction, as projected tokens have."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, width, generator=generator)
+    pick = torch.randint(0, 12, (batch, n), generator=generator)
+    return centres[pick] + 0.5 * torch.randn(batch, n, width, generator=generator) + 0.6
+
+
+@pytest.mark.parametrize("rule", ["maxsum", "kcenter"])
+@pytest.mark.parametrize(("n", "steps"), [(20, 20), (33, 9), (400, 60)])
+def test_order_is_that_of_all_cosines(rule, n, steps):
+    x, pivot = features(n, 3, n, 24), torch.tensor([0, 5, n - 1])
+    order = diverse_order(x, pivot, steps, rule=rule)
+    assert [plain(row, p, steps, rule) for row, p in zip(x, pivot, strict=True)] == order.tolist()
+
+
+@pytest.mark.parametrize("rule", ["maxsum", "kcenter"])
+def test_equal_tokens_go_by_their_number(rule):
+    """Each token stands four times, at places that fall into different tiles of a product."""
+    part = features(1, 1, 45, 24)
+    x = torch.cat([part] * 4, 1)
+    order = diverse_order(x, torch.tensor([0]), 100, rule=rule)[0].tolist()
+    for number in range(45):
+        places = [token for token in order if token % 45 == number]
+        assert places == sorted(places)
+
+
+def test_batched_equals_alone_with_padding():
+    x = features(2, 3, 150, 32)
+    candidates = torch.arange(150) < torch.tensor([[150], [90], [120]])
+    together = diverse_order(x, torch.tensor([3, 4, 5]), 50, candidates=candidates)
+    for row, n in enumerate((150, 90, 120)):
+        alone = diverse_order(x[row : row + 1, :n], torch.tensor([3 + row]), 50)
+        assert alone[0].equal(together[row])
+
+
+def test_most_tokens_are_never_multiplied(monkeypatch):
+    """The point of it: 100 of 1,000 tokens are chosen and the products of less than half of them are taken."""
+    made = []
+    build = diversity._Ahead.__init__
+
+    def noted(self, *args):
+        build(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(diversity._Ahead, "__init__", noted)
+    diverse_order(features(4, 2, 1000, 64), torch.tensor([0, 1]), 100)
+    assert 100 <= sum(block.shape[1] for block in made[0].rows) < 500
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match="rule is"):
+        diverse_order(features(0, 1, 5, 4), torch.tensor([0]), 2, rule="far")
