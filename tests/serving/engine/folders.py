@@ -23,6 +23,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipVisionConfig,
 )
 
@@ -115,9 +120,35 @@ def internvl(folder: Path) -> Path:
     return _save(InternVLForConditionalGeneration(config), processor, folder)
 
 
+QWEN_VISION = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, dict(
+        window_size=4 * PATCH * MERGE, fullatt_block_indexes=[1, 3], patch_size=PATCH,
+    )),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, dict(
+        num_position_embeddings=64, deepstack_visual_indexes=[0, 2], patch_size=PATCH,
+    )),
+}  # fmt: skip
+
+
 def qwen2_5_vl(folder: Path) -> Path:
+    return _qwen("qwen2_5_vl", qwen_processor(), folder)
+
+
+def qwen3_vl(folder: Path) -> Path:
+    old = qwen_processor()
+    pixels = dict(
+        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, size=dict(old.image_processor.size), image_mean=HALF,
+        image_std=HALF,
+    )  # fmt: skip
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels), tokenizer=old.tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**pixels), chat_template=old.chat_template,
+    )  # fmt: skip
+    return _qwen("qwen3_vl", processor, folder)
+
+
+def _qwen(family: str, processor, folder: Path) -> Path:
     torch.manual_seed(0)
-    processor = qwen_processor()
     tokenizer = processor.tokenizer
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{text}|>")
@@ -125,11 +156,12 @@ def qwen2_5_vl(folder: Path) -> Path:
                            ("vision_end", "vision_end"))
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    config = Qwen2_5_VLConfig(
+    config_class, model_class, vision = QWEN_VISION[family]
+    config = config_class(
         vision_config=dict(
-            depth=4, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE,
-            temporal_patch_size=2, window_size=4 * PATCH * MERGE, fullatt_block_indexes=[1, 3], out_hidden_size=64,
+            depth=4, hidden_size=64, intermediate_size=96, num_heads=2, spatial_merge_size=MERGE, temporal_patch_size=2,
+            out_hidden_size=TEXT["hidden_size"], **vision,
         ),
         text_config=dict(**_text(tokenizer), rope_parameters=rope), **ids,
     )  # fmt: skip
-    return _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+    return _save(model_class(config), processor, folder)

@@ -18,7 +18,7 @@ from vlmcompress.serving.half import vision_half
 from vlmcompress.serving.tokens import VisualEncoder
 
 SIZES = [(8, 8), (24, 24), (60, 50), (30, 90), (96, 96), (131, 37), (37, 131), (200, 200)]
-FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
 BUDGETS = [
     ("vtc-cls", {"keep": 1, "newlines": False}),
     ("vtc-cls", {"keep": 16, "newlines": False}),
@@ -53,7 +53,7 @@ def given_of(family: str, config, items) -> dict:
     pixels = [item["pixel_values"] for item in data]
     if family == "llava":
         return {"pixel_values": torch.stack(pixels)}
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         grids = torch.stack([item["image_grid_thw"] for item in data])
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": grids}
     if family == "internvl":

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vlmcompress
 
 SIZES = [(60, 50), (30, 90), (96, 96), (130, 40), (64, 63)]
-MARK = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+_QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+MARK = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
 
 
 def noise(size: tuple[int, int]) -> Image.Image:

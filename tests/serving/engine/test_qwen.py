@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL images in a real engine: what was kept stands at its own three-dimensional position, as in transformers."""
+"""Qwen2.5-VL and Qwen3-VL images in a real engine: what was kept stands at its own three-dimensional position, as in transformers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PROMPTS = [
 ENTRY = {"method": "vtc-cls", "keep": 0.5}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return folders.qwen2_5_vl(tmp_path_factory.mktemp("models") / "qwen")
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def folder(request, tmp_path_factory):
+    return getattr(folders, request.param)(tmp_path_factory.mktemp("models") / "qwen")
 
 
 @pytest.fixture(scope="module")

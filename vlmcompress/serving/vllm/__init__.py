@@ -17,6 +17,7 @@ SERVED = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision:CompressedLlavaOnevision",
     "InternVLForConditionalGeneration": "internvl:CompressedInternVL",
     "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "qwen3:CompressedQwen3VL",
 }
 
 #: architectures of further families of ours → vLLM's module: they refuse the setting
@@ -26,7 +27,6 @@ REFUSED = {
     "LlavaNextVideoForConditionalGeneration": "llava_next_video",
     "PaliGemmaForConditionalGeneration": "paligemma",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "SmolVLMForConditionalGeneration": "smolvlm",
 }
 

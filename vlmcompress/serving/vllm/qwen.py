@@ -23,14 +23,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext, PromptReplacement, PromptUpdate
 
 from .mrope import placed, split_places, text_positions, with_places
-from .vision import CompressedVision, counter_of
+from .vision import CompressedVision, counter_of, settings_of
 
 
 class CountedByGrid:
     """Mixin in front of a processing info: images only."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        return {"image": None, "video": 0}
 
     def count(self, grid: Sequence[int]) -> int:
         """Tokens that are kept of an image of ``grid`` (t, h, w) patches."""
@@ -70,11 +70,11 @@ class CompressedPositions(CompressedVision):
     """Mixin in front of a model class of vLLM with M-RoPE: positions of what was kept."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.encoder is not None:
+        multimodal = vllm_config.model_config.multimodal_config
+        if settings_of(vllm_config.model_config.hf_config) and multimodal.get_limit_per_prompt("image"):
             # the runner asks a model for changed positions when it prunes; videos, which this is for, are not let in
-            vllm_config.model_config.multimodal_config.video_pruning_rate = 0.5
-            self.is_multimodal_pruning_enabled = True
+            multimodal.video_pruning_rate = 0.5
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _process_image_input(self, image_input):
         if self.encoder is None:
