@@ -30,6 +30,7 @@ EXTRAS = {
     "easy_vqa": "eval",
     "accelerate": "train",
     "open_clip": "train",
+    "timm": "eval",
     "peft": "train",
     "gradio": "demo",
     "vllm": "serve",
@@ -224,6 +225,7 @@ class Bench(str, Enum):
     CACHE = "cache"
     STAGES = "stages"
     GPU = "gpu"
+    ENCODERS = "encoders"
     SERVE = "serve"
 
 
@@ -233,7 +235,8 @@ def bench(
         Bench,
         typer.Argument(
             help="limit: distance to the speed limit; methods: all of them; cache: its policies; stages: every part of one "
-            "answer; gpu: 7B shapes by part, kernel and batch; serve: vLLM under load."
+            "answer; gpu: 7B shapes by part, kernel and batch; serve: vLLM under load; encoders: clustered and pruned "
+            "ViT-B/16."
         ),
     ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
@@ -244,6 +247,7 @@ def bench(
     """Speed and memory on large random models: against natively short prompts, by method, by cache policy, by stage."""
     from .commands.bench import bench
     from .commands.bench_cache import bench_cache
+    from .commands.bench_encoders import bench_encoders
     from .commands.bench_gpu import bench_gpu
     from .commands.bench_methods import bench_methods
     from .commands.bench_serve import bench_serve
@@ -256,9 +260,28 @@ def bench(
         Bench.CACHE: bench_cache,
         Bench.STAGES: bench_stages,
         Bench.GPU: bench_gpu,
+        Bench.ENCODERS: bench_encoders,
         Bench.SERVE: bench_serve,
     }
     kinds[what](out, rounds, device)
+
+
+@app.command()
+def retrieval(
+    model: Annotated[str, typer.Argument(help="Folder of an open_clip model for 64 × 64 pixels.")],
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="'NAME OPTION=VALUE ...' instead of the default rows; may be repeated."),
+    ] = None,
+    videos: Annotated[int, typer.Option(min=2, help="Videos with captions that all differ.")] = 500,
+    out: Annotated[Path, typer.Option(help="File of the results.")] = Path("out/retrieval.json"),
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Search among video scenes by caption, and among captions by video, with methods in the model's tower."""
+    from .commands.retrieval import retrieval as run
+
+    _set_threads(threads)
+    run(model, row or [], videos, out)
 
 
 @app.command(
