@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL and Qwen3-VL images in a real engine: what was kept stands at its own three-dimensional position, as in transformers."""
+"""Qwen2.5-VL and Qwen3-VL images in a real engine: survivors keep their positions, answers are those of transformers."""
 
 from __future__ import annotations
 
