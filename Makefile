@@ -22,7 +22,7 @@ WORKERS ?= 2
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: pages quickstart test test-demo demo-pictures test-oldest test-serving test-matrix lint format bench bench-gpu clean setup
+.PHONY: demo-speed pages quickstart test test-demo demo-pictures test-oldest test-serving test-matrix lint format bench bench-gpu clean setup
 
 setup: $(STAMP)
 
@@ -58,6 +58,11 @@ demo-pictures: $(STAMP)
 
 test-matrix: $(STAMP)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 tests/matrix/complete.py
+
+# seconds to start and to answer, on a machine that does nothing else
+demo-speed: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[dev,demo,browser]"
+	$(BIN)/python tests/demo/speed.py
 
 # WORKERS=1: on a machine that is busy
 test-oldest:

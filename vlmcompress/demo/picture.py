@@ -15,7 +15,7 @@ from .ask import Answer, Run
 SIDE = 672
 SEAM, GROUP = (255, 255, 255), (15, 15, 15)
 #: opacity of the colours over kept and over dropped tokens, of 255
-VEIL, PALE = 115, 60
+VEIL, PALE = 115, 40
 
 
 @dataclass(frozen=True)
