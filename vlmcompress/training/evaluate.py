@@ -11,8 +11,10 @@ from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmcompress.eval.loading import prompt_of
 from vlmcompress.eval.tasks import Sample, load, score
 
 
@@ -26,17 +28,18 @@ def answers(
     ``contiguous`` renumbers what is left; otherwise the survivors and the text keep their positions.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompts = [f"<image> {sample.question}" for sample in samples]
+    prompts = [prompt_of(processor, sample.chat()) for sample in samples]
     lengths: dict[tuple, list[int]] = defaultdict(list)
     for i, ids in enumerate(processor.tokenizer(prompts)["input_ids"]):
-        lengths[len(ids), samples[i].image.size].append(i)
+        frames = [samples[i].image] if isinstance(samples[i].image, Image.Image) else samples[i].image
+        lengths[(len(ids), len(frames), frames[0].size)].append(i)
     found = [""] * len(samples)
     for same in lengths.values():  # prompts of one length, and images of one size, need no padding
         for start in range(0, len(same), 64):
             rows = same[start : start + 64]
-            inputs = processor(
-                images=[samples[i].image for i in rows], text=[prompts[i] for i in rows], return_tensors="pt"
-            ).to(model.device)
+            kind = "images" if isinstance(samples[rows[0]].image, Image.Image) else "videos"
+            media = [samples[i].image if kind == "images" else list(samples[i].image) for i in rows]
+            inputs = processor(text=[prompts[i] for i in rows], return_tensors="pt", **{kind: media}).to(model.device)
             words = _next_words(model, inputs, keep, contiguous, generator)
             for i, word in zip(rows, processor.tokenizer.batch_decode(words[:, None]), strict=True):
                 found[i] = word
@@ -47,17 +50,26 @@ def _next_words(model, inputs, keep: int | str | None, contiguous: bool, generat
     """Ids [B] of the likeliest next words."""
     ids = inputs["input_ids"]
     core = model.model
-    seen = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    image = torch.stack(list(core.get_image_features(**seen, return_dict=True).pooler_output))
-    here = ids == model.config.image_token_id
+    video = "pixel_values_videos" in inputs
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    seen = {name: inputs[name] for name in names if name in inputs}
+    read = core.get_video_features if video else core.get_image_features
+    image = torch.stack(list(read(**seen, return_dict=True).pooler_output))
+    here = ids == (model.config.video_token_id if video else model.config.image_token_id)
     embeds = core.get_input_embeddings()(ids).masked_scatter(here[..., None], image)
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if hasattr(core, "get_rope_index"):  # M-RoPE: time, row and column
+        more = {name: inputs[name] for name in ("mm_token_type_ids", "second_per_grid_ts") if name in inputs}
+        grids = {name: grid for name, grid in seen.items() if name.endswith("_grid_thw")}
+        places, _ = core.get_rope_index(ids, **grids, **more)
     if keep is not None:
         kept = _kept(here, keep, model.config.vision_config, generator)
         embeds = embeds.gather(1, kept[..., None].expand(-1, -1, embeds.shape[-1]))
-        places = torch.arange(kept.shape[1], device=ids.device).expand_as(kept) if contiguous else kept
+        places = places.gather(-1, kept.expand(*places.shape[:-1], -1))
+        if contiguous:
+            places = torch.arange(kept.shape[1], device=ids.device).expand_as(places)
     # an all-ones mask: without it, gaps in the positions would be taken for packed sequences
-    mask = torch.ones(places.shape, dtype=torch.long, device=ids.device)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=ids.device)
     out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
     return out.logits[:, -1].argmax(-1)
 
