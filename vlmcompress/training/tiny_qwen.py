@@ -60,9 +60,9 @@ class QwenRecipe:
     rope_theta: float = 100.0
     copy_steps: int = 1500
     copy_batch: int = 16
-    copy_rate: float = 2e-3
-    answer_steps: int = 1200
-    easy_steps: int = 300
+    copy_rate: float = 1.5e-3
+    answer_steps: int = 1600
+    easy_steps: int = 400
     batch: int = 12
     questions: int = 10
     answer_rate: float = 7e-4
