@@ -50,7 +50,8 @@ def test_every_caption_can_be_told():
 def test_recalls_count_ties_as_misses():
     text = F.normalize(torch.eye(6) + 0.1, dim=-1)
     assert set(recalls(text, text).values()) == {100.0}
-    assert set(recalls(text, torch.eye(6)[:1].expand(6, -1)).values()) == {0.0}
+    alike = recalls(text, torch.eye(6)[:1].expand(6, -1))
+    assert alike["text_to_video_r1"] == alike["text_to_video_r5"] == 0.0
     found = recalls(text, text.roll(1, 0))
     assert found["text_to_video_r1"] == 0.0
 

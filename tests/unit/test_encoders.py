@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import models_encoders
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import vlmcompress
 from vlmcompress.adapters.base import adapter_for
+from vlmcompress.compat import REPLAYS_HOOKS
 from vlmcompress.methods.centerclip import CenterClip
 from vlmcompress.ops.cluster import k_medoids
 from vlmcompress.ops.segments import join_segments, video_embedding
@@ -195,6 +197,51 @@ def test_checkpointing_is_refused_or_right():
     model.set_grad_checkpointing()
     with vlmcompress.compress(model, "centerclip", keep=7), pytest.raises(ValueError, match="switch it off"):
         model(frames().flatten(0, 1))
+
+
+def test_checkpointing_of_transformers():
+    grads = []
+    for checkpoint in (False, True):
+        model = ENCODERS["clip"]().train()
+        if checkpoint:
+            model.gradient_checkpointing_enable()
+        with vlmcompress.compress(model, "centerclip", keep=7, segments=2) as handle:
+            if checkpoint and REPLAYS_HOOKS:
+                with pytest.raises(ValueError, match="replays hooks"):
+                    handle.encode_videos(frames())
+                return
+            handle.encode_videos(frames())[:, 0].sum().backward()
+        grads.append(model.vision_model.encoder.layers[0].mlp.fc1.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["timm", "open_clip"])
+def test_a_detour_around_the_towers_own_call_is_refused(kind):
+    model = ENCODERS[kind]()
+    tower, pixels = adapter_for(model).tower, frames().flatten(0, 1)
+    with vlmcompress.compress(model, "tome", keep=9):
+        with pytest.raises(ValueError, match="runs its layers past that"):
+            tower.forward_intermediates(pixels)
+        assert adapter_for(model).embed(pixels).isfinite().all()
+    tower.forward_intermediates(pixels)
+
+
+@torch.no_grad()
+def test_two_threads_and_a_refusal():
+    model, pixels = ENCODERS["clip"](), frames(6).flatten(0, 1)
+    with vlmcompress.compress(model, "centerclip", keep=7, frames=4, segments=2):
+        expected = model(pixel_values=pixels).image_embeds
+
+        def run(number: int):
+            try:
+                return model(pixel_values=pixels[: 3 if number % 2 else None]).image_embeds
+            except ValueError as refusal:
+                return str(refusal)
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, range(12)))
+    assert all(x.equal(expected) for x in found[::2]) and all("do not divide" in x for x in found[1::2])
 
 
 @torch.no_grad()

@@ -83,17 +83,21 @@ class TowerWiring:
         self.model, self.adapter, self.method = model, adapter, method
         self.last: TowerRecord | None = None
         self._lock = threading.RLock()  # hooks of one pass must not see another thread's pictures
-        self._vision: Vision | None = None
+        self._local = threading.local()
         self._videos: tuple[int, Tensor | None] | None = None
         self._hooks: list[Any] = []
 
     def install(self) -> None:
         """Put the hooks on."""
-        before, after = (torch.compiler.disable(hook, recursive=True) for hook in (self._before, self._after))
-        self._hooks.append(self.adapter.tower.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(
-            self.adapter.tower.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
-        )
+        eager = torch.compiler.disable
+        tower, first = self.adapter.tower, self.adapter.tower_layers[0]
+        self._hooks = [
+            tower.register_forward_pre_hook(eager(self._before, recursive=True), with_kwargs=True),
+            tower.register_forward_hook(
+                eager(self._after, recursive=True), with_kwargs=True, always_call=True, prepend=True
+            ),
+            first.register_forward_pre_hook(eager(self._refuse_detour, recursive=True)),
+        ]
 
     def remove(self) -> None:
         """Take everything off."""
@@ -116,20 +120,20 @@ class TowerWiring:
         try:
             refuse_replays(self.model, self.method.name)
             self.adapter.check_training()
-            pixels = args[0] if args else kwargs["pixel_values"]
+            pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
             layout = raster_layout(len(pixels), self.adapter.grid(pixels), pixels.device)
             vision = Vision(layout, pixel_values=pixels)
             watch_tower(vision, list(self.method.methods), self.adapter)
             assert vision.tower is not None
             if self._videos is not None:
                 vision.tower.frames, vision.tower.alive = self._videos
-            self._vision = vision
+            self._local.vision = vision
         except BaseException:
             self._lock.release()
             raise
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        vision, self._vision = self._vision, None
+        vision, self._local.vision = self._current, None
         if vision is None:  # it was this tower's own pre-hook that refused
             return
         try:
@@ -138,6 +142,18 @@ class TowerWiring:
                 self.last = self._record(vision)
         finally:
             self._lock.release()
+
+    @property
+    def _current(self) -> Vision | None:
+        """The pass that this thread is in."""
+        return getattr(self._local, "vision", None)
+
+    def _refuse_detour(self, module: nn.Module, args: tuple) -> None:
+        if self._current is None:
+            raise ValueError(
+                f"'{self.method.name}' acts when the tower itself is called; this call runs its layers past that "
+                "(forward_features, forward_intermediates), where nothing would be compressed."
+            )
 
     def _record(self, vision: Vision) -> TowerRecord:
         tower = vision.tower
