@@ -59,6 +59,10 @@ def tiny_llava_next(
 def tiny_clip(
     output: Output,
     base: Annotated[Path, typer.Option(help="Folder of the tiny-llava whose tower it starts from.")],
+    segments: Annotated[
+        int | None, typer.Option(min=1, help="Train with CenterCLIP in place: sequences per video; default: without.")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Centres per segment, where there are segments.")] = 16,
     work: Work = None,
     seed: Seed = 0,
     resume: Resume = True,
@@ -70,7 +74,7 @@ def tiny_clip(
 
     if not (base / "model.safetensors").is_file():
         raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
-    recipe = _shortened(ClipRecipe(seed=seed, threads=threads), ("steps",), share)
+    recipe = _shortened(ClipRecipe(seed=seed, segments=segments, keep=keep, threads=threads), ("steps",), share)
     typer.echo(f"Wrote {train_tiny_clip(recipe, base, output, work or _work(output), resume)}")
 
 
