@@ -77,6 +77,12 @@ def test_what_cannot_be_encoded_is_refused(tiny_folder, tmp_path):
         Encoder.from_pretrained(str(tiny_folder), "vtc-cls", keep=0)
 
 
+def test_the_number_may_follow_from_what_the_image_shows(tiny_folder):
+    encoder = Encoder.from_pretrained(str(tiny_folder), "token-correlation")
+    plain, busy = Image.new("RGB", (48, 48), "red"), noise(48, 48)
+    assert len({len(tokens) for tokens in encoder([plain, busy])}) == 2
+
+
 def test_families_counted_by_grid_are_refused():
     from models_qwen import tiny_qwen
 

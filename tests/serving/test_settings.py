@@ -76,7 +76,7 @@ def test_positions_follow_the_family():
         ("llava_next", "vtc-cls", {"keep": 10}, '"newlines": false'),
         ("llava_next", "random", {"keep": 10}, "'grid' works"),
         ("llava_onevision", "random", {"keep": 10}, "'grid' works"),
-        ("qwen2_5_vl", "tome", {"keep": 10}, "does not work on 'qwen2_5_vl'"),
+        ("qwen2_5_vl", "tower-cls", {"keep": 10}, "'tower-cls'"),
     ],
 )
 def test_methods_that_cannot_be_served_name_one_that_can(family, method, options, words):

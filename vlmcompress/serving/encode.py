@@ -47,7 +47,7 @@ class Encoder:
                 f"fewer cannot be sent; use the plug-in for vLLM. Families that can: {', '.join(FAMILIES)}."
             )
         self.model, self.processor = model, processor
-        self._tokens = VisualEncoder(model, create(method, **options))
+        self._tokens = VisualEncoder(model, create(method, **options), counted=False)
 
     @classmethod
     def from_pretrained(

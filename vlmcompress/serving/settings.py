@@ -82,17 +82,17 @@ def _check_positions(positions: Any, mrope: bool) -> None:
         )
 
 
-def check_servable(method: Method, adapter: Adapter) -> None:
+def check_servable(method: Method, adapter: Adapter, *, counted: bool = True) -> None:
     """Raise ``ValueError`` for a method that acts where a server cannot follow, naming the nearest that works.
 
-    A server counts an image's tokens before it has seen them, keeps what it made of an image for other prompts, and has
-    one length per request in all decoder layers.
+    A server keeps what it made of an image for other prompts, and has one length per request in all decoder layers.
+    ``counted``: it also counts an image's tokens before it has seen them.
     """
     inside = Stage.CACHE in method.stages or bool(method.cut_layers(adapter))
     # of a method that acts inside too, what it does before reads no prompt
     asks = method.query_aware and not type(method).stages & {Stage.PREFILL, Stage.CACHE}
     if not inside and not asks:
-        if not (method.fixed_budget or _exact(method)):
+        if counted and not (method.fixed_budget or _exact(method)):
             raise uncertain(Composition.of(method))
         return
     reason = (

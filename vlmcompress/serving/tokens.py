@@ -28,16 +28,17 @@ class VisualEncoder:
     Args:
         model: a model of a supported family; its language model may be an empty shell (see :func:`vision_half`).
         method: methods of the stages TOWER and ENTRY.
+        counted: how many tokens an image keeps must follow from its size.
 
     Raises ``ValueError`` for a method that cannot be served on this family.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Composition):
+    def __init__(self, model: PreTrainedModel, method: Composition, *, counted: bool = True):
         self.model, self.method = model, method
         self.adapter = adapter_for(model)
         for part in method.methods:
             self.adapter.check_method(part)
-            check_servable(part, self.adapter)
+            check_servable(part, self.adapter, counted=counted)
             part.check_family(self.adapter)
         self._before = method.at(Stage.TOWER, Stage.ENTRY)
 
