@@ -76,6 +76,7 @@ def test_positions_follow_the_family():
         ("llava_next", "vtc-cls", {"keep": 10}, '"newlines": false'),
         ("llava_next", "random", {"keep": 10}, "'grid' works"),
         ("llava_onevision", "random", {"keep": 10}, "'grid' works"),
+        ("llava", "no-vision", {}, "keeps no token"),
         ("qwen2_5_vl", "tower-cls", {"keep": 10}, "'tower-cls'"),
     ],
 )

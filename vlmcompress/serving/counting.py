@@ -53,6 +53,8 @@ class TokenCounter:
             counts = {len(tokens) for tokens in self._encoder(given)}
         if len(counts) != 1:
             raise uncertain(self._encoder.method)
+        if counts == {0}:
+            raise ValueError(f"'{self._encoder.method.name}' keeps no token of an image; send prompts without images.")
         return counts.pop()
 
 

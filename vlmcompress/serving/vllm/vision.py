@@ -28,6 +28,10 @@ RESAVED = WeightsMapper(
 )  # fmt: skip
 
 
+#: parts of a tower behind the features, which some checkpoints leave out
+_BEHIND = ("post_layernorm", ".head.")
+
+
 class CompressedVision(nn.Module):
     """Mixin in front of a model class of vLLM whose tower and projector have the names that transformers gives them."""
 
@@ -66,7 +70,12 @@ class CompressedVision(nn.Module):
                     _copy(targets[home], tensor, home)
                     loaded.add(home)
 
-        return super().load_weights(rest()) | loaded
+        done = super().load_weights(rest()) | loaded
+        unneeded = {name for name in targets if name not in done and any(part in name for part in _BEHIND)}
+        lost = sorted(targets.keys() - done - unneeded - {name for name, _ in self.named_buffers()})
+        if lost:
+            raise ValueError(f"The checkpoint lacks {len(lost)} tensors of the tower and the projector, as {lost[0]}.")
+        return done | unneeded
 
 
 def _vision_parts(half: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
