@@ -34,6 +34,10 @@ EXTRAS = {
     "peft": "train",
     "gradio": "demo",
     "vllm": "serve",
+    "fastapi": "serve-hf",
+    "uvicorn": "serve-hf",
+    "openai": "serve-hf",
+    "prometheus_client": "serve-hf",
 }
 
 INTERRUPTED = 130
@@ -193,6 +197,27 @@ def demo(
 
     _set_threads(threads)
     demo(model, port, device, share, results)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
+    keep: Keep = "0.25",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
+    positions: Annotated[str, typer.Option(help="Position ids of the kept tokens.")] = "published",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more are answered with 503.")] = 64,
+    device: str = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights, as in transformers.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Serve one compressed model by OpenAI's chat API, on transformers: for methods that vLLM cannot run."""
+    from .commands.serve import serve
+
+    _set_threads(threads)
+    serve(model, method, keep, option or [], positions, host, port, device, dtype, max_waiting)
 
 
 @app.command()
