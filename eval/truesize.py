@@ -150,12 +150,13 @@ def _ledger(
 
 @torch.no_grad()
 def _vision(model: Any, image: tuple[int, int]) -> tuple[float, float]:
-    """FLOPs of the real tower and of the real projector."""
+    """FLOPs of the real tower and of the real projectors."""
     given = synthetic.pixels(model.config, image)
     door = {k: v.to("meta") if v.is_floating_point() else v for k, v in given.items()}
     door |= synthetic.packed_arguments(model.config, given)
-    projector = adapter_for(model).projector
-    with FlopCounterMode(display=False) as counter, _metered([projector], counter) as spent:
+    adapter = adapter_for(model)
+    projectors = [adapter.projector, *adapter.side_projectors]
+    with FlopCounterMode(display=False) as counter, _metered(projectors, counter) as spent:
         model.model.get_image_features(**door)
     return counter.get_total_flops() - sum(spent), sum(spent)
 

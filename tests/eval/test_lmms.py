@@ -51,7 +51,7 @@ def test_the_command_line_of_lmms_eval_gives_our_runners_answers(loaded, samples
         [sys.executable, "-m", "lmms_eval", "--model", "vlmcompress", "--model_args",
          f"pretrained={MODEL},method=fastv,keep=16,layer=1", "--tasks", "scenes,easy-vqa", "--include_path", str(TASKS),
          "--limit", str(LIMIT), "--batch_size", "5", "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        capture_output=True, text=True, cwd=tmp_path, timeout=1200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     store = Store(tmp_path / "ours", {})

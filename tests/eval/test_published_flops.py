@@ -168,9 +168,9 @@ def test_every_architecture_can_be_counted_with_a_cheap_method(name):
     before, after = found.uncompressed, found.compressed
     text = load_config(name).get_text_config()
     assert len(before.decoder) == len(after.decoder) == text.num_hidden_layers
-    # rounding, and newlines, which the share counts with
-    assert after.visual_tokens[0] == pytest.approx(0.25 * before.visual_tokens[0], abs=2)
+    # rounding, and newlines
+    assert after.visual_tokens[0] == pytest.approx(0.25 * before.visual_tokens[0], rel=0.05)
     assert after.tower == before.tower > 0
-    assert 0 < after.projector < before.projector or after.projector == before.projector
+    assert 0 < after.projector <= before.projector
     assert sum(after.decoder) < sum(before.decoder)
     assert sum(after.kv_bytes) < sum(before.kv_bytes)

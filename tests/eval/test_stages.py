@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark by stage, on models small enough for a test."""
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from vlmcompress.baselines.fastv import FastV
 from vlmcompress.baselines.grid import Grid
 from vlmcompress.cli import app
 from vlmcompress.commands import bench_gpu
-from vlmcompress.eval import stages, synthetic
+from vlmcompress.eval import limit, stages, synthetic
 from vlmcompress.methods.h2o import H2O
 
 NEXT = str(Path(__file__).parents[2] / "assets/models/tiny-llava-next")
@@ -116,3 +117,22 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path):
     with pytest.raises(ValueError, match="There is no GPU here"):
         app(["bench", "gpu", "--out", str(tmp_path)], standalone_mode=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_says_on_what_it_was_measured(tmp_path, monkeypatch):
+    config = limit.cpu_shape()
+    vision, text = config.vision_config, config.text_config
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 32, 5, 2
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 64, 4
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 2, 32
+    monkeypatch.setattr(limit, "cpu_shape", lambda: config)
+    app(["bench", "stages", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)], standalone_mode=False)
+    (path,) = tmp_path.iterdir()
+    report = json.loads(path.read_text())
+    assert path.name.startswith("bench-stages-") and torch.__version__.split("+")[0] in path.name
+    assert report["environment"]["threads"] == 1 and report["environment"]["torch"] == torch.__version__
+    assert report["command"] == "vlmcompress bench stages --rounds 1 --threads 1 --device cpu"
+    cases = report["cases"]
+    assert list(cases) == ["uncompressed", "vtc-cls", "flowcut", "fastv", "h2o"]
+    assert cases["vtc-cls"]["layer_average"] == cases["flowcut"]["layer_average"] == 64
+    assert cases["h2o"]["cache_bytes"] < 0.21 * cases["uncompressed"]["cache_bytes"]

@@ -18,7 +18,7 @@ def launch(folder, out, *further):
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "vlmcompress.eval",
          str(folder), "--methods", "grid,random", "--keep", "9", "--tasks", TASKS, "--limit", str(LIMIT), "--seeds", "1",
          "--batch-size", "5", "--rounds", "0", "--out", str(out), *further],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 
