@@ -55,7 +55,7 @@ class ClipRecipe:
 
     seed: int = 0
     videos: int = 3000
-    steps: int = 800
+    steps: int = 400
     batch: int = 64
     frames: int = 4
     rate: float = 1e-3
