@@ -10,7 +10,8 @@ from typing import Any
 
 #: colour-blind safe (Paul Tol's "bright", then "muted"); grey and black belong to random and the uncompressed model
 COLOURS = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#882255", "#999933", "#117733", "#332288"]
-MARKERS = "osD^vPX<>h"
+# as many as do not divide the number of colours, so that a pair comes back late
+MARKERS = "osD^vPX<>hp"
 INK, FAINT, RANDOM = "#222222", "#D8D8D8", "#888888"
 
 
