@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
@@ -75,13 +76,16 @@ class CompressedPositions(CompressedVision):
             # the runner asks a model for changed positions when it prunes; videos, which this is for, are not let in
             multimodal.video_pruning_rate = 0.5
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # pixels may come as the processor has cut them, to be normalised here
+        self.input_norm = build_mm_input_norm(vllm_config.model_config)
 
     def _process_image_input(self, image_input):
         if self.encoder is None:
             return super()._process_image_input(image_input)
         if image_input["type"] != "pixel_values":
             raise ValueError("This server compresses images itself; send pixels instead of embeddings.")
-        given = {"pixel_values": image_input["pixel_values"], "image_grid_thw": image_input["image_grid_thw"]}
+        pixels = self.input_norm(image_input["pixel_values"], self.encoder.model.dtype)
+        given = {"pixel_values": pixels, "image_grid_thw": image_input["image_grid_thw"]}
         tokens, layout, selection = self.encoder.choose(given)
         return tuple(self._with_places(tokens, layout, selection))
 
