@@ -76,8 +76,9 @@ class CompressedPositions(CompressedVision):
             # the runner asks a model for changed positions when it prunes; videos, which this is for, are not let in
             multimodal.video_pruning_rate = 0.5
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # pixels may come as the processor has cut them, to be normalised here
-        self.input_norm = build_mm_input_norm(vllm_config.model_config)
+        if self.encoder is not None:
+            # pixels may come as the processor has cut them, to be normalised here
+            self.input_norm = build_mm_input_norm(vllm_config.model_config)
 
     def _process_image_input(self, image_input):
         if self.encoder is None:
