@@ -5,10 +5,11 @@ One line each in pandas::
 
     pandas.read_json("out/eval/answers/grid-keep48.jsonl", lines=True)
     pandas.json_normalize(json.load(open("out/eval/report.json"))["rows"])
+    pandas.json_normalize(json.load(open("out/reproduce/reproduction.json"))["cells"])
 
-The same as JSON Schema: ``report.schema.json`` and ``answer.schema.json`` beside this file, written by ``python -m
-vlmcompress.eval.schema``. Within a version fields are only added, with a default; files may hold fields that a reader
-does not know.
+The same as JSON Schema: ``report.schema.json``, ``answer.schema.json`` and ``reproduction.schema.json`` beside this file,
+written by ``python -m vlmcompress.eval.schema``. Within a version fields are only added, with a default; files may hold
+fields that a reader does not know.
 """
 
 from __future__ import annotations
@@ -152,6 +153,38 @@ class Answer(Part):
     metrics: dict[str, Any] = Field(default={}, description="What lmms-eval's metrics made of this answer.")
 
 
+class ReproducedCell(Part):
+    """One published value beside ours."""
+
+    benchmark: str
+    metric: str
+    method: str
+    tokens: str
+    source: str
+    theirs: float = Field(description="Of an average: over the columns that were run; `printed` is the published one.")
+    ours: float | None
+    difference: float | None
+    allowed: float | None = Field(description="Difference up to which the value counts as met; null: not judged.")
+    verdict: Literal["met", "above", "below", "not judged", "not run", "failed"]
+    reason: str = Field(description="Why there is no value.")
+    tasks: list[tuple[str, str]] = Field(default=[], description="Tasks of lmms-eval and their metrics.")
+    prompt: dict[str, Any] | None = Field(None, description="What stood around the question, OCR tokens among it.")
+
+
+class Reproduction(Part):
+    """``reproduction.json``: a published table, theirs and ours."""
+
+    version: Literal["vlmcompress.reproduction/1"] = Field(alias="schema")
+    table: str
+    checkpoint: str
+    protocol: str
+    about: str
+    model_args: dict[str, Any]
+    limit: int | None = Field(description="Questions of each task; null: all.")
+    environment: dict[str, Any]
+    cells: list[ReproducedCell]
+
+
 def check(kind: type[BaseModel], value: Any, where: object) -> None:
     """``ValueError`` in one sentence when ``value``, read from ``where``, is no such file."""
     try:
@@ -164,7 +197,7 @@ def check(kind: type[BaseModel], value: Any, where: object) -> None:
 
 def schemas() -> dict[str, str]:
     """The JSON Schema files by name."""
-    kinds = {"report.schema.json": Report, "answer.schema.json": Answer}
+    kinds = {"report.schema.json": Report, "answer.schema.json": Answer, "reproduction.schema.json": Reproduction}
     return {name: json.dumps(kind.model_json_schema(), indent=1) + "\n" for name, kind in kinds.items()}
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 
 from vlmcompress.cli import app, explain
 from vlmcompress.eval import reproduce, tables
+from vlmcompress.eval.schema import Reproduction, check
 from vlmcompress.eval.tables import RATIOS, Benchmark
 
 MODEL = str(Path(__file__).parents[2] / "assets/models/tiny-llava")
@@ -97,6 +98,9 @@ def test_theirs_ours_difference_verdict(finished):
     assert average["theirs"] == pytest.approx(100 * 20 / 95.8)
     assert average["ours"] == pytest.approx(100 * grid["ours"] / whole["ours"])
     assert report["schema"] == "vlmcompress.reproduction/1"
+    check(Reproduction, report, "the report")
+    with pytest.raises(ValueError, match=r"is no valid reproduction: cells\.0\.verdict"):
+        check(Reproduction, report | {"cells": [whole | {"verdict": "fine"}]}, "another")
     assert report["environment"]["torch"]
     told = json.loads((out / "rows" / "grid-16" / "run.json").read_text())["command"]
     assert "vlmcompress" in told and any("method=grid" in part and "keep=16" in part for part in told)

@@ -57,6 +57,7 @@ def reproduce(settings: Settings) -> int:
 
     from ..eval import reproduce as run
     from ..eval import tables
+    from ..eval.schema import Reproduction, check
     from ..eval.store import write_json
     from ..eval.workers import refuse_foreign_launch
 
@@ -91,6 +92,7 @@ def reproduce(settings: Settings) -> int:
             found[row] = _row(run, folder, asked, console)
     entries = run.judge(table, found, settings.machine.limit)
     report = run.as_report(table, entries, checkpoint, settings.machine)
+    check(Reproduction, report, out / "reproduction.json")
     write_json(out / "reproduction.json", report)
     Console(width=max(console.width, 130)).print(_table(report))
     console.print(f"Written: {out}/reproduction.json", highlight=False)
