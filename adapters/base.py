@@ -219,13 +219,18 @@ class Adapter:
         """Tower arguments with the views resized to ``grid`` patches (rows, columns)."""
         pixels = args[0] if args else kwargs["pixel_values"]
         patch = self.tower.config.patch_size
-        size = (grid[0] * patch, grid[1] * patch)
+        height, width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        size = (grid[0] * height, grid[1] * width)
         dtype = pixels.dtype
         small = nn.functional.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(dtype)
-        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        kwargs = {**kwargs, **self.position_arguments(small, grid)}
         if args:
             return (small, *args[1:]), kwargs
         return args, {**kwargs, "pixel_values": small}
+
+    def position_arguments(self, pixels: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        """What the tower wants to hear with ``pixels`` [V, 3, H, W] of ``grid`` patches instead of its usual ones."""
+        return {"interpolate_pos_encoding": True}
 
     # projector --------------------------------------------------------------------------------------------------
     @property

@@ -80,6 +80,9 @@ class InternVLAdapter(Adapter):
         q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
         return q, k, v
 
+    def position_arguments(self, pixels: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        return {}
+
     def patch_order(self, grid: tuple[int, int]) -> LongTensor:
         return raster_blocks(grid, self.side, self.tower.embeddings.cls_token.device)
 

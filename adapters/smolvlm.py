@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..dtypes import LongTensor
@@ -59,6 +60,9 @@ class Idefics3Adapter(Adapter):
     @property
     def patches_per_token(self) -> int:
         return self.side**2
+
+    def position_arguments(self, pixels: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        return {"patch_attention_mask": torch.ones(len(pixels), *grid, dtype=torch.bool, device=pixels.device)}
 
     def patch_order(self, grid: tuple[int, int]) -> LongTensor:
         return raster_blocks(grid, self.side, self.tower.embeddings.position_embedding.weight.device)

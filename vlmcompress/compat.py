@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+#: what cache layers that quantise have in common
+QuantizedBase: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 #: gradient checkpointing runs a layer's hooks once more in the backward pass, as versions before 5.24 may do
 REPLAYS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 

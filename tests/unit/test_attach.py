@@ -189,18 +189,6 @@ def test_save_and_restore(model, inputs, name, options, tmp_path):
 
 
 @torch.no_grad()
-def test_other_caches_are_refused_before_anything_happens(model, inputs):
-    expected = model.generate(**inputs, cache_implementation="static", **GREEDY)
-    for name, options in METHODS:
-        with vlmcompress.compress(model, name, **options):
-            with pytest.raises(ValueError, match="StaticCache"):
-                model.generate(**inputs, cache_implementation="static", **GREEDY)
-            with pytest.raises(ValueError, match=r"QuantizedCache|quantization backend"):
-                model.generate(**inputs, cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY)
-    assert model.generate(**inputs, cache_implementation="static", **GREEDY).equal(expected)
-
-
-@torch.no_grad()
 def test_assisted_decoding(model):
     inputs = prompts([[9, "image", 9]], N)
     inputs["input_ids"][0, -9:] = inputs["input_ids"][0, :9]  # something to look up

@@ -158,18 +158,15 @@ def test_methods_inside_the_language_model_are_refused(made, name):
 
 
 @torch.no_grad()
-def test_methods_on_single_patches(made):
-    """PaliGemma's tokens are patches; Gemma 3's are averages of them."""
+def test_methods_in_the_tower(made):
+    """PaliGemma's tokens are patches; Gemma 3's are averages of them, which merge and shrink as wholes."""
     family, model = made
     inputs = prompts(family, model, SPEC)
     for name in ("tome", "resize"):
-        if model.config.model_type == "gemma3":
-            with pytest.raises(ValueError, match="joins several to a token"):
-                vlmcompress.compress(model, name, keep=4)
-            continue
         with vlmcompress.compress(model, name, keep=4) as handle:
             assert model(**inputs).logits.isfinite().all()
             assert handle.last.layer_tokens == [12] * 4
+            assert torch.cat(handle.last.samples[0].images[0].sources).sort().values.equal(torch.arange(16))
 
 
 @torch.no_grad()

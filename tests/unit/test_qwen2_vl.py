@@ -173,9 +173,9 @@ def test_blocks_stay_whole_and_keep_their_place(model):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tome", {}, "joins"),
-        ("resize", {}, "joins"),
-        ("tower-cls", {}, "joins"),
+        ("tome", {}, "own resolution"),
+        ("resize", {}, "smaller pictures"),
+        ("tower-cls", {}, "CLS token"),
         ("flowcut", {"variant": "x"}, "aligned"),
     ],
 )

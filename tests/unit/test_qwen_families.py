@@ -340,8 +340,9 @@ def test_flowcut_drops_behind_layers_with_full_attention_only():
     ("name", "options", "message"),
     [
         ("flowcut", {"variant": "official"}, "whole tokens"),
-        ("tome", {}, "joins"),
-        ("tower-cls", {}, "joins"),
+        ("tome", {}, "own resolution"),
+        ("resize", {}, "smaller pictures"),
+        ("tower-cls", {}, "CLS token"),
         ("globalcom2", {"keep": 0.5, "layout": "x"}, "layout is"),
     ],
 )

@@ -202,13 +202,41 @@ def test_new_image_in_the_second_turn(made):
     assert turns.equal(at_once)
 
 
-@pytest.mark.parametrize("name", ["tome", "resize"])
-def test_methods_on_single_patches_are_refused(made, name):
-    _, model = made
-    with pytest.raises(ValueError, match="joins several to a token"):
-        vlmcompress.compress(model, name, keep=0.5)
-    assert "generate" not in model.__dict__
-    assert not vlmcompress.support(name, model.config.model_type)[0]
+@pytest.mark.parametrize("name", ["tome", "resize", "tower-cls"])
+@torch.no_grad()
+def test_tokens_leave_the_tower_as_wholes(made, name):
+    """Batched as alone, with the patches that each token stands for; a tower without CLS has nothing to rank by."""
+    family, model = made
+    if name == "tower-cls" and not adapter_for(model).has_cls:
+        with pytest.raises(ValueError, match="CLS token"):
+            vlmcompress.compress(model, name, keep=0.5)
+        assert "generate" not in model.__dict__
+        return
+    inputs = prompts(family, model, SPEC)
+    with vlmcompress.compress(model, name, keep=0.25) as handle:
+        new = model.generate(**inputs, **GREEDY)[:, -STEPS:]
+        images = [image for sample in handle.last.samples for image in sample.images]
+        assert [len(image.kept) * 4 for image in images] == [image.n_original for image in images]
+        if name != "tower-cls":
+            assert all(torch.cat(image.sources).sort().values.equal(torch.arange(image.n_original)) for image in images)
+        for row in range(2):
+            assert model.generate(**one_row(inputs, SPEC, row), **GREEDY)[0, -STEPS:].equal(new[row])
+
+
+@torch.no_grad()
+def test_resized_views_are_what_the_model_makes_of_small_ones(made):
+    family, model = made
+    inputs = prompts(family, model, [[5, (0, 0), 7]])
+    pixels = inputs["pixel_values"]
+    small = torch.nn.functional.interpolate(
+        pixels.reshape(-1, 3, 32, 32), size=(16, 16), mode="bicubic", antialias=True
+    )
+    small = small.view(*pixels.shape[:-2], 16, 16)
+    want = torch.cat([f.reshape(-1, f.shape[-1]) for f in model.model.get_image_features(small).pooler_output])
+    with vlmcompress.compress(model, "resize", keep=0.25) as handle:
+        embeds = entering(model, lambda: model(**inputs))
+        frame = handle.last.frames[0]
+    torch.testing.assert_close(embeds[frame.visual], want, **CLOSE)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

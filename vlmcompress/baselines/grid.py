@@ -108,8 +108,8 @@ class Pool(_KeepOnly):
 class Resize(_KeepOnly):
     """Shrink the image itself until the tower yields at most ``keep`` tokens; its position table is interpolated.
 
-    The tower gets cheaper too. Tiled images shrink view by view, by a share. On native-resolution models this baseline
-    beats most published methods (arXiv 2510.07143).
+    The tower gets cheaper too. Tiled images shrink view by view, by a share. On native-resolution models, where it
+    beats most published methods (arXiv 2510.07143), the processor takes smaller pictures as they are.
 
     Args:
         keep: visual tokens per image, or their share.
@@ -117,8 +117,13 @@ class Resize(_KeepOnly):
 
     summary: ClassVar[str] = "the image shrunk before the tower"
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER})
+    joins_patches: ClassVar[bool] = True
 
     def check_family(self, adapter: Adapter) -> None:
+        if adapter.packed_tower:
+            raise ValueError(
+                "'resize' has nothing to do where images keep their own resolution: hand the processor smaller pictures."
+            )
         if adapter.tiled and isinstance(self.keep, int):
             raise ValueError(
                 "'resize' shrinks all views of tiled images alike, however many an image has; give keep as a share "

@@ -29,7 +29,8 @@ class ToMe(Method):
 
     Differs from the paper: merging happens behind a block instead of between its attention and its MLP, since stock
     blocks have no seam there; the CLS token never merges. On tiled images padding merges like any patch, and a token
-    whose representative is padding is cut off with it.
+    whose representative is padding is cut off with it. Where the projector joins several patches to a token, tokens
+    merge as wholes, each of their patches with the one in the same place of the other, alike by all their keys.
 
     Args:
         keep: visual tokens per image, or their share.
@@ -42,6 +43,13 @@ class ToMe(Method):
     summary: ClassVar[str] = "similar patches merged inside the vision tower"
     paper: ClassVar[str] = "arXiv 2210.09461"
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER})
+    joins_patches: ClassVar[bool] = True
+
+    def check_family(self, adapter: Adapter) -> None:
+        if adapter.packed_tower:
+            raise ValueError(
+                "'tome' merges equally much in every view of a pass, and here every image keeps its own resolution."
+            )
 
     def validate(self) -> None:
         check_keep(self.keep)
@@ -57,16 +65,18 @@ class ToMe(Method):
                 "'tome' merges equally much in every view of a pass, and these images are cut into different numbers of "
                 "views; give keep as a share (float) or run them singly."
             )
-        if layer.n <= target:
+        tokens, group = layer.n // layer.group, layer.group
+        if tokens <= target:
             return None
         left = state.setdefault("left", layer.feature_layer + 1)
         state["left"] = left - 1
         size = state.get("size")
-        size = torch.ones(layer.ids.shape, device=layer.hidden.device) if size is None else size
-        metric, rows = layer.k[:, :, layer.prefix :].float().mean(1), layer.patches
+        size = torch.ones(len(layer.ids), tokens, device=layer.hidden.device) if size is None else size
+        metric = layer.k[:, :, layer.prefix :].float().mean(1).unflatten(1, (tokens, group)).flatten(2)
+        rows = layer.patches.unflatten(1, (tokens, group)).flatten(2)
         # an even share of what is still to go; a round can merge half of the patches at most, and the last layer goes
         # on for as many rounds as the budget still needs
-        goal = layer.n - min(layer.n // 2, -(-(layer.n - target) // left)) if left > 1 else target
+        goal = tokens - min(tokens // 2, -(-(tokens - target) // left)) if left > 1 else target
         keep = owner = None
         while rows.shape[1] > goal:
             amount = min(rows.shape[1] // 2, rows.shape[1] - goal)
@@ -75,7 +85,9 @@ class ToMe(Method):
             metric = metric.gather(1, kept[..., None].expand(-1, -1, metric.shape[-1]))
             keep = kept if keep is None else keep.gather(1, kept)
             owner = place if owner is None else place.gather(1, owner)
-        assert keep is not None
+        assert keep is not None and owner is not None
         state["size"] = size
-        bias = size.log() if self.proportional else None
-        return TowerEdit(keep, hidden=rows, owner=owner, bias=bias)
+        place = torch.arange(group, device=keep.device)
+        keep, owner = ((x[..., None] * group + place).flatten(1) for x in (keep, owner))
+        bias = size.log().repeat_interleave(group, dim=1) if self.proportional else None
+        return TowerEdit(keep, hidden=rows.unflatten(2, (group, -1)).flatten(1, 2), owner=owner, bias=bias)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class TowerCls(Method):
     """Drop patches behind one vision layer; the later layers, the projector and the language model never see them.
 
+    Where the projector joins several patches to a token they leave together, ranked by their sum.
+
     Args:
         keep: visual tokens per image, or their share.
         layer: vision layer (0-based) behind which to cut; None: the middle of the tower.
@@ -33,6 +35,7 @@ class TowerCls(Method):
 
     summary: ClassVar[str] = "one cut inside the vision tower by CLS attention"
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER})
+    joins_patches: ClassVar[bool] = True
 
     def validate(self) -> None:
         check_keep(self.keep)
@@ -51,13 +54,15 @@ class TowerCls(Method):
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
         counts = layer.budgets(self.keep)
-        if min(counts) >= layer.n:
+        if min(counts) >= layer.n // layer.group:
             return None
         row = layer.cls_row()
         state["flops"] = 4 * row.numel() * layer.hidden.shape[-1]
-        keep = top_indices(row, counts)
-        if min(counts) == keep.shape[1]:
+        tokens = top_indices(layer.per_token(row), counts)
+        place = torch.arange(layer.group, device=tokens.device)
+        keep = (tokens[..., None] * layer.group + place).flatten(1)
+        if min(counts) == tokens.shape[1]:
             return TowerEdit(keep)
         # images of more crops give each of them less
-        number = torch.tensor(counts, device=keep.device)[:, None]
+        number = torch.tensor(counts, device=keep.device)[:, None] * layer.group
         return TowerEdit(keep, valid=torch.arange(keep.shape[1], device=keep.device) < number)

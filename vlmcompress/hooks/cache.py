@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..dtypes import LongTensor
 from ..tokens import Frame
-from .growing import GrowingLayer
 
 
-class _Logical:
-    """What both kinds of layer add to their stock parents.
+class Logical:
+    """What every kind of layer adds to its stock parent.
 
     The layer reports the *logical* length, as if nothing had left, so that generation, second turns and default
     positions stay right. ``dropped``: logical minus stored length. ``valid`` [B, 1 or H_kv, n] or None: real entries.
@@ -59,9 +58,9 @@ class _Logical:
 
         ``modality``: note in ``books["visual"]`` which entries are those of visual tokens.
         """
-        slots = frame.index.shape[1]
+        batch, slots = frame.index.shape
+        length = self.stored
         if modality and frame.counts:
-            batch, _, length = self.keys.shape[:3]
             visual = self.books.get("visual")
             if visual is None:
                 visual = torch.zeros(batch, 1, length, dtype=torch.bool, device=self.keys.device)
@@ -70,7 +69,6 @@ class _Logical:
         self.dropped += columns - slots
         if frame.valid is not None:
             if self.valid is None:
-                batch, _, length = self.keys.shape[:3]
                 self.valid = torch.ones(batch, 1, length, dtype=torch.bool, device=self.keys.device)
             self.valid = self.valid.clone()
             # a sliding layer holds no more than its window
@@ -138,7 +136,7 @@ def picks(x: Tensor, keep: LongTensor) -> Tensor:
     return rows.view(*keep.shape, *x.shape[3:])
 
 
-class PrunableLayer(_Logical, GrowingLayer):
+class PrunableLayer(Logical, DynamicLayer):
     """A growing layer from which entries can be evicted."""
 
     def __init__(self, **kwargs) -> None:
@@ -168,9 +166,7 @@ class PrunableLayer(_Logical, GrowingLayer):
     def evict(self, keep: LongTensor, valid: Tensor | None) -> None:
         """Keep the entries ``keep`` [B, 1 or H_kv, K]; ``valid`` of the same shape marks the real ones (None: all)."""
         before = self.stored
-        # entries of a ragged batch that are no real ones stand for anything, and in no order
-        if valid is not None or keep.shape[-1] != before - 1 or not self._drop_one(keep):
-            self.keys, self.values = picks(self.keys, keep), picks(self.values, keep)
+        self.keys, self.values = picks(self.keys, keep), picks(self.values, keep)
         self.books = {name: picks(book, keep) for name, book in self.books.items()}
         self.hidden = None if self.hidden is None else picks(self.hidden, keep)
         if self.valid is not None:
@@ -180,15 +176,7 @@ class PrunableLayer(_Logical, GrowingLayer):
         self.dropped += before - keep.shape[-1]
 
 
-    def _drop_one(self, keep: LongTensor) -> bool:
-        """Take the one entry that ``keep`` leaves out from every head in place; False where that cannot be done."""
-        if self.keys.device.type != "cpu":
-            return False
-        gone = (keep == torch.arange(keep.shape[-1], device=keep.device)).sum(-1)
-        return self.without(gone.expand(self.keys.shape[:2]))
-
-
-class PrunableSlidingLayer(_Logical, DynamicSlidingWindowLayer):
+class PrunableSlidingLayer(Logical, DynamicSlidingWindowLayer):
     """A sliding-window layer that knows of tokens which left before the language model; nothing is evicted from it."""
 
     def __init__(self, sliding_window: int) -> None:
@@ -213,49 +201,11 @@ class PrunableSlidingLayer(_Logical, DynamicSlidingWindowLayer):
         return result
 
 
-def manage(cache: Cache, n_layers: int) -> None:
-    """Put prunable layers into a stock dynamic cache, in place, taking over what it already holds.
-
-    Raises ``ValueError`` for caches whose entries cannot leave (static, quantized, ...).
-    """
-    check_cache(cache)
-    while len(cache.layers) < n_layers:
-        cache.layers.append(PrunableLayer())
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, _Logical):
-            continue
-        if type(layer) is DynamicSlidingWindowLayer:
-            new = PrunableSlidingLayer(layer.sliding_window)
-            new.cumulative_length, new.record_past = layer.cumulative_length, layer.record_past
-        else:
-            new = PrunableLayer()
-        if layer.is_initialized:
-            new.lazy_initialization(layer.keys, layer.values)
-            new.keys, new.values = layer.keys, layer.values
-        cache.layers[index] = new
-
-
-def check_cache(cache: Cache) -> None:
-    """Raise ``ValueError`` in one sentence for a cache that compression cannot work with."""
-    allowed = (DynamicLayer, DynamicSlidingWindowLayer, PrunableLayer, PrunableSlidingLayer)
-    if not isinstance(cache, DynamicCache) and type(cache) is not Cache:
-        raise ValueError(
-            f"Compression works on the default dynamic cache; {type(cache).__name__} cannot give up entries "
-            "(leave cache_implementation at its default)."
-        )
-    for layer in cache.layers:
-        if type(layer) not in allowed:
-            raise ValueError(
-                f"Compression works on dynamic cache layers; this cache holds {type(layer).__name__}, whose entries "
-                "cannot leave (leave cache_implementation at its default)."
-            )
-
-
 def managed(cache: Cache | None) -> bool:
     """Whether compression has taken over this cache's layers."""
-    return cache is not None and bool(cache.layers) and isinstance(cache.layers[0], _Logical)
+    return cache is not None and bool(cache.layers) and isinstance(cache.layers[0], Logical)
 
 
 def by_modality(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Entries of visual tokens and of text in every layer of a managed cache, see :meth:`_Logical.by_modality`."""
-    return [layer.by_modality() for layer in cache.layers if isinstance(layer, _Logical)]
+    """Entries of visual tokens and of text in every layer of a managed cache, see :meth:`Logical.by_modality`."""
+    return [layer.by_modality() for layer in cache.layers if isinstance(layer, Logical)]

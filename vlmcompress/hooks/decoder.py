@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..compat import cache_keyword, cache_of
 from ..dtypes import LongTensor
 from ..tokens import Frame, pack
-from .cache import manage, managed
+from .cache import managed
 from .masks import joined_mask
 from .run import Run, chunk_of
+from .takeover import flat_mask, manage
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
@@ -72,7 +73,7 @@ def open_frame(
     """Fill in what a run knows of the caller's chunk, and its first frame; returns the caller's 2-D mask."""
     embeds = kwargs["inputs_embeds"]
     run.columns = embeds.shape[1]
-    attention_mask = adapter.caller_mask(kwargs, given)
+    attention_mask = flat_mask(adapter.caller_mask(kwargs, given), run.cache, run.columns)
     run.chunk_valid = chunk_of(attention_mask, run.columns)
     if layerwise and run.columns > 1 and run.chunk_valid is not None and bool(run.chunk_valid.all()):
         # one look from the host per prompt spares every later step the books of padding that is not there
@@ -146,6 +147,10 @@ def _entry_mask(run: Run, attention_mask: Tensor | None, dropping: bool) -> Tens
     elif not dropping:
         return attention_mask
     mask = joined_mask(past, past_valid, frame.valid, offset, (batch, slots, frame.index.device))
+    room = getattr(run.cache.layers[0], "max_cache_len", 0) if managed(run.cache) else 0
+    if mask is not None and room:
+        # always of one length, so that a compiled step stays as it is; nobody sees what is not there yet
+        mask = torch.nn.functional.pad(mask, (0, room - past - slots), value=True)
     if mask is None and run.cache is None:
         # gaps in the positions would be taken for packed sequences if there were neither mask nor cache
         mask = torch.ones(batch, slots, dtype=torch.bool, device=frame.index.device)

@@ -104,7 +104,9 @@ def tokens_of(tower: TowerState) -> tuple[LongTensor, Tensor | None, LongTensor 
             raise ValueError(
                 f"This model joins {group} patches to a token; what the tower left mixes patches of several."
             )
-        return whole[..., 0], valid, None
+        # whole tokens go on, so that the first patch of each tells where all of it went
+        owner = None if tower.owner is None else tower.owner[:, ::group].div(group, rounding_mode="floor")
+        return whole[..., 0], valid, owner
     place = torch.arange(tower.ids.shape[1], device=tower.ids.device).expand_as(tower.ids)
     far = tower.cells
     table = torch.full((len(tower.ids), far + 1), far, dtype=torch.long, device=place.device)

@@ -7,6 +7,7 @@ Linears included).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None
 
 
 def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> list:
-    """Resize what the tower sees, where a method asks for a smaller patch grid."""
+    """Resize what the tower sees, where a method asks for a smaller grid of tokens."""
     grid = vision.layout.view_grid
     targets = [t for m in methods if (t := m.resolution(grid)) is not None and t != grid]
     if not targets:
@@ -56,10 +57,12 @@ def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> l
     rows, cols = targets[0]
     if vision.layout.pooling is not None:
         raise ValueError(POOLED.format(", ".join(f"'{m.name}'" for m in methods)))
+    group = adapter.patches_per_token
+    side, by_token = math.isqrt(group), adapter.patch_order((rows, cols))
 
     def pre(module: nn.Module, args: tuple, kwargs: dict):
-        args, kwargs = adapter.shrink_pixels(args, kwargs, (rows, cols))
-        # every small patch stands for the cell under its centre
+        args, kwargs = adapter.shrink_pixels(args, kwargs, (rows * side, cols * side))
+        # every small token stands for the cell under its centre
         row = ((torch.arange(rows) * 2 + 1) * grid[0]) // (2 * rows)
         col = ((torch.arange(cols) * 2 + 1) * grid[1]) // (2 * cols)
         assert vision.tower is not None
@@ -68,11 +71,23 @@ def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> l
         owner_col = (torch.arange(grid[1]) * cols) // grid[1]
         owner = (owner_row[:, None] * cols + owner_col).flatten().to(ids.device)
         views = vision.tower.ids.shape[0]
+        place = torch.arange(group, device=ids.device)
+        ids, owner = ((x[:, None] * group + place).flatten() for x in (ids, owner))
         vision.tower.ids, vision.tower.owner = ids.expand(views, -1), owner.expand(views, -1)
         vision.tower.edited = True
         return args, kwargs
 
-    return [adapter.tower.register_forward_pre_hook(pre, with_kwargs=True)]
+    def reorder(module: nn.Module, args: tuple, kwargs: dict):
+        """The patches of a token follow each other from here on; positions are in the states already."""
+        order = _behind(by_token, adapter.tower_prefix)
+        if args:
+            return (args[0][:, order], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:, order]}
+
+    hooks = [adapter.tower.register_forward_pre_hook(pre, with_kwargs=True)]
+    if by_token is not None:
+        hooks.append(adapter.tower_layers[0].register_forward_pre_hook(reorder, with_kwargs=True))
+    return hooks
 
 
 def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Method], adapter: Adapter) -> list:

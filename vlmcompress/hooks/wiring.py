@@ -17,13 +17,14 @@ from ..compat import cache_of, named_pixels, refuse_replays
 from ..ledger import VisualTokens
 from ..method import Composition, Method, Stage
 from .arrival import arrive
-from .cache import by_modality, check_cache, managed
+from .cache import by_modality, managed
 from .decoder import blank_labels, dropped_columns, enter, restore_length
 from .entry import check_features, choose, tokenwise, watch_projector
 from .eviction import settle
 from .join import join
 from .layers import after_layer, before_layer, watch_parts
 from .run import RUN_KEYWORD, Run, Vision
+from .takeover import check_cache
 from .tower import watch_tower
 
 
@@ -50,6 +51,8 @@ class Wiring:
         self._hooks: list[Any] = []
         watches = self._layerwise or any(m.tower_layers(adapter) for m in self._before)
         self._layer_watcher = method.name if watches else None
+        inside = self._layerwise or any(m.reads_first_layer for m in self._before)
+        self._evicting = method.name if inside else None
 
     def policy(self, method: Method, inside: bool = False) -> str:
         """Position policy of one method's cut: "original" or "contiguous"; ``inside``: between decoder layers."""
@@ -199,7 +202,7 @@ class Wiring:
         refuse_replays(self.model, self._layer_watcher)
         cache = cache_of(given)
         if cache is not None and self.adapter.brings(given):
-            check_cache(cache)
+            check_cache(cache, self._evicting)
         for kind, name in PIXELS.items():
             if given.get(name) is not None:
                 self._visions.pop(kind, None)
@@ -252,7 +255,7 @@ class Wiring:
                     layer.commit(run.frame, run.columns)
             if run.layout is not None:
                 settle(run, self._cache, self.adapter, self._policies)
-            run.cache_lengths = [layer.stored for layer in run.cache.layers]
+                run.cache_lengths = [layer.stored for layer in run.cache.layers]
             if run.layout is not None and self._cache:
                 run.cache_modality = by_modality(run.cache)
         if run.layout is not None:
