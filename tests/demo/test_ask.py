@@ -234,3 +234,8 @@ def test_the_pool_keeps_the_models_used_last(tiny_folder, tmp_path, shipped):
     assert pool.get(str(tiny_folder)) is first  # a failure changes nothing
     pool.get(str(DEFAULT))
     assert pool.get(str(tiny_folder)) is not first
+
+
+def test_loading_one_model_does_not_hold_up_another(shipped, pool):
+    with pool._loading:  # somebody loads
+        assert pool.get(str(DEFAULT)) is shipped
