@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,49 @@ from torch import Tensor, nn
 
 from ..adapters.base import adapter_for
 from ..attach import compress
-from ..method import Method
+from ..method import Method, create
 from ..methods.centerclip import CenterClip
 from ..ops.cluster import k_medoids
 from .latency import Timing, clock, interleaved, peak_bytes
 
-#: ViT-B/16 on 224 pixels: 12 frames in 4 segments of 588 patches, 160 centres each (table 4 of the paper)
-FRAMES, SEGMENTS, CENTRES, PATCHES, WIDTH = 12, 4, 160, 196, 768
+
+def _video_tower() -> nn.Module:
+    import open_clip
+
+    return open_clip.create_model("ViT-B-16")
+
+
+def _image_tower() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_base_patch16_224")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is timed; default: ViT-B/16 on 224 pixels, 12 frames in 4 segments of 160 centres each, as in the paper.
+
+    ``side``: pixels of a picture; ``patches`` and ``width``: of the towers, at whose size tokens are clustered; ``images``
+    go through the second tower one by one, a quarter of their patches kept.
+    """
+
+    frames: int = 12
+    segments: int = 4
+    centres: int = 160
+    patches: int = 196
+    width: int = 768
+    side: int = 224
+    images: int = 8
+    block: int = 6
+    video_tower: Callable[[], nn.Module] = _video_tower
+    image_tower: Callable[[], nn.Module] = _image_tower
+
+    def __str__(self) -> str:
+        return (
+            f"width {self.width}, {self.patches} patches, random weights: one video of {self.frames} frames in "
+            f"{self.segments} segments of {self.centres} centres (open_clip); {self.images} images, {self.patches // 4} "
+            "patches kept (timm)"
+        )
 
 
 def cubic_k_medoids(x: Tensor, k: int, *, iterations: int = 100, threshold: float = 1e-6) -> Tensor:
@@ -52,31 +89,31 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def tokens(segments: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[segments, 588, 768] tokens of frames that look alike, as in the middle of a tower."""
+def tokens(shape: Shape, device: str) -> Tensor:
+    """[segments, N, C] tokens of frames that look alike, as in the middle of a tower."""
     generator = torch.Generator().manual_seed(0)
-    frame = torch.randn(segments, 1, PATCHES, WIDTH, generator=generator)
-    frames = frame + 0.3 * torch.randn(segments, FRAMES // SEGMENTS, PATCHES, WIDTH, generator=generator)
-    return frames.flatten(1, 2).to(device, dtype)
+    frame = torch.randn(shape.segments, 1, shape.patches, shape.width, generator=generator)
+    count = shape.frames // shape.segments
+    noise = torch.randn(shape.segments, count, shape.patches, shape.width, generator=generator)
+    return (frame + 0.3 * noise).flatten(1, 2).to(device)
 
 
 @torch.no_grad()
-def clustering(rounds: int, device: str, tick: Callable[[], None]) -> dict[str, Any]:
-    """Both formulations on the segments of one video, in turn; how often they choose the same tokens."""
-    x, now = tokens(SEGMENTS, device), clock(device)
+def clustering(shape: Shape, rounds: int, device: str, tick: Callable[[], None]) -> dict[str, Any]:
+    """Both formulations on the segments of one video, in turn; how many of the tokens they choose are the same."""
+    x, now = tokens(shape, device), clock(device)
     runs: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: k_medoids(x, CENTRES).medoids,
-        "released": lambda: cubic_k_medoids(x, CENTRES),
+        "ours": lambda: k_medoids(x, shape.centres).medoids,
+        "released": lambda: cubic_k_medoids(x, shape.centres),
     }
-    shared = torch.tensor(
-        [len(set(a) & set(b)) for a, b in zip(*(run().tolist() for run in runs.values()), strict=True)]
-    )
+    ours, released = (run().tolist() for run in runs.values())
+    shared = sum(len(set(a) & set(b)) for a, b in zip(ours, released, strict=True))
     cases = {name: _timed(run, now) for name, run in runs.items()}
     times = _medians(interleaved(cases, rounds=rounds, tick=tick))
     return {
         "ms": times,
         "speedup": times["released"]["median"] / times["ours"]["median"],
-        "same_medoids": float(shared.double().mean() / CENTRES),
+        "same_medoids": shared / (shape.centres * len(ours)),
         "peak_bytes": {name: peak_bytes(run, device) for name, run in runs.items()},
     }
 
@@ -118,15 +155,21 @@ def towers(
     }
 
 
-def video_methods() -> dict[str, Method | None]:
-    """The clustered tower of the paper's size, and what its own parts cost."""
-    shared = {"keep": CENTRES, "frames": FRAMES, "segments": SEGMENTS, "block": 6}
+def video_methods(shape: Shape) -> dict[str, Method | None]:
+    """The clustered tower of the paper's size, and even sampling, which only saves."""
+    shared = {"keep": shape.centres, "frames": shape.frames, "segments": shape.segments, "block": shape.block}
     return {
         "uncompressed": None,
         "k-medoids": CenterClip(**shared),
         "k-medoids, 3 rounds": CenterClip(**shared, iterations=3, threshold=None),
         "sampling": CenterClip(**shared, algorithm="sampling"),
     }
+
+
+def image_methods(shape: Shape) -> dict[str, Method | None]:
+    """Methods for single images, a quarter of the patches kept."""
+    names = ("tome", "tower-cls", "centerclip")
+    return {"uncompressed": None, **{name: create(name, keep=shape.patches // 4).methods[0] for name in names}}
 
 
 def _timed(run: Callable[[], Any], now: Callable[[], float]) -> Callable[[], float]:

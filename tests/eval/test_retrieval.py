@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import models_encoders
 import pytest
 import timm
 import torch
 
+from vlmcompress.commands.bench_encoders import bench_encoders
 from vlmcompress.commands.retrieval import retrieval
 from vlmcompress.eval import encoders
 from vlmcompress.eval.retrieval import ROWS, load
@@ -79,3 +81,19 @@ def test_towers_are_timed_with_their_flops():
     found = encoders.towers(model, torch.randn(2, 3, 160, 160), methods, 2, "cpu", lambda: ticks.append(1))
     assert found["uncompressed"]["speedup"] == 1.0 and found["tome"]["flops_share"] < 1
     assert found["tome"]["ms"]["runs"] == 2 and len(ticks) == 6
+
+
+def test_the_speed_command(tmp_path):
+    shape = encoders.Shape(
+        4, 2, 9, 36, 32, 48, 2, 2, video_tower=models_encoders.open_clip_tower, image_tower=models_encoders.timm_tower
+    )
+    report = bench_encoders(tmp_path, 2, "cpu", shape)
+    (path,) = tmp_path.glob("bench-encoders-*.json")
+    assert json.loads(path.read_text()) == report
+    clusters = report["clustering"]
+    assert clusters["speedup"] > 0 and 0.5 < clusters["same_medoids"] <= 1
+    # [B, K, N, N] against [B, N, N]
+    assert clusters["peak_bytes"]["released"] > 2 * clusters["peak_bytes"]["ours"]
+    assert set(report["video"]) == {"uncompressed", "k-medoids", "k-medoids, 3 rounds", "sampling"}
+    assert report["video"]["k-medoids"]["flops_share"] > report["video"]["sampling"]["flops_share"]
+    assert report["images"]["uncompressed"]["speedup"] == 1.0

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,28 +13,25 @@ from rich.table import Table
 
 from .bench import result_path
 
+if TYPE_CHECKING:
+    from ..eval.encoders import Shape
+
 #: what must hold on any machine
 TARGETS = {"clustering_speedup": 10.0, "clustered_tower_speedup": 1.0}
-IMAGES = 8
 
 
-def bench_encoders(out: Path, rounds: int, device: str) -> dict[str, Any]:
-    """Measure, print, and write ``out/bench-encoders-DEVICE-torchVERSION.json``."""
-    import open_clip
-    import timm
+def bench_encoders(out: Path, rounds: int, device: str, shape: Shape | None = None) -> dict[str, Any]:
+    """Measure ``shape`` (default: ViT-B/16), print, and write ``out/bench-encoders-DEVICE-torchVERSION.json``."""
     import torch
 
     from ..eval import encoders, results
     from ..eval.store import write_json
-    from ..method import create
 
     path = result_path(out, "bench-encoders", device)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     torch.manual_seed(0)
-    videos = encoders.video_methods()
-    images = {"uncompressed": None}
-    for name in ("tome", "tower-cls", "centerclip"):
-        images[name] = create(name, keep=encoders.PATCHES // 4).methods[0]
+    shape = shape or encoders.Shape()
+    videos, images = encoders.video_methods(shape), encoders.image_methods(shape)
     console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("runs", total=(rounds + 2) * 2 + (rounds + 1) * (len(videos) + len(images)))
@@ -42,19 +39,20 @@ def bench_encoders(out: Path, rounds: int, device: str) -> dict[str, Any]:
         def tick() -> None:
             progress.advance(bar)
 
-        found = {"clustering": encoders.clustering(rounds, device, tick)}
-        model = open_clip.create_model("ViT-B-16", device=device).to(dtype).eval()
-        pixels = torch.randn(encoders.FRAMES, 3, 224, 224).to(device, dtype)
-        found["video"] = encoders.towers(model, pixels, videos, rounds, device, tick)
-        vit = timm.create_model("vit_base_patch16_224").to(device, dtype).eval()
-        pixels = torch.randn(IMAGES, 3, 224, 224).to(device, dtype)
-        found["images"] = encoders.towers(vit, pixels, images, rounds, device, tick)
+        def tower(build, count: int, methods) -> dict[str, Any]:
+            pixels = torch.randn(count, 3, shape.side, shape.side).to(device, dtype)
+            return encoders.towers(build().to(device, dtype).eval(), pixels, methods, rounds, device, tick)
+
+        found = {
+            "clustering": encoders.clustering(shape, rounds, device, tick),
+            "video": tower(shape.video_tower, shape.frames, videos),
+            "images": tower(shape.image_tower, shape.images, images),
+        }
     report = {
         "schema": "vlmcompress.bench-encoders/1",
         "command": f"vlmcompress bench encoders --rounds {rounds} --threads {torch.get_num_threads()} --device {device}",
         "environment": results.environment(device),
-        "shape": f"ViT-B/16, random weights: one video of {encoders.FRAMES} frames in {encoders.SEGMENTS} segments of "
-        f"{encoders.CENTRES} centres (open_clip); {IMAGES} images, {encoders.PATCHES // 4} patches kept (timm)",
+        "shape": str(shape),
         "dtype": str(dtype),
         "rounds": rounds,
         "targets": TARGETS,
