@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from ..dtypes import LongTensor
 from ..tokens import Frame
+from .growing import GrowingLayer
 
 
 class Logical:
@@ -136,7 +137,7 @@ def picks(x: Tensor, keep: LongTensor) -> Tensor:
     return rows.view(*keep.shape, *x.shape[3:])
 
 
-class PrunableLayer(Logical, DynamicLayer):
+class PrunableLayer(Logical, GrowingLayer):
     """A growing layer from which entries can be evicted."""
 
     def __init__(self, **kwargs) -> None:
@@ -166,7 +167,9 @@ class PrunableLayer(Logical, DynamicLayer):
     def evict(self, keep: LongTensor, valid: Tensor | None) -> None:
         """Keep the entries ``keep`` [B, 1 or H_kv, K]; ``valid`` of the same shape marks the real ones (None: all)."""
         before = self.stored
-        self.keys, self.values = picks(self.keys, keep), picks(self.values, keep)
+        # entries of a ragged batch that are no real ones stand for anything, and in no order
+        if valid is not None or keep.shape[-1] != before - 1 or not self._drop_one(keep):
+            self.keys, self.values = picks(self.keys, keep), picks(self.values, keep)
         self.books = {name: picks(book, keep) for name, book in self.books.items()}
         self.hidden = None if self.hidden is None else picks(self.hidden, keep)
         if self.valid is not None:
@@ -174,6 +177,13 @@ class PrunableLayer(Logical, DynamicLayer):
             valid = kept if valid is None else kept & valid
         self.valid = valid
         self.dropped += before - keep.shape[-1]
+
+    def _drop_one(self, keep: LongTensor) -> bool:
+        """Take the one entry that ``keep`` leaves out from every head in place; False where that cannot be done."""
+        if self.keys.device.type != "cpu":
+            return False
+        gone = (keep == torch.arange(keep.shape[-1], device=keep.device)).sum(-1)
+        return self.without(gone.expand(self.keys.shape[:2]))
 
 
 class PrunableSlidingLayer(Logical, DynamicSlidingWindowLayer):
