@@ -67,7 +67,7 @@ class QwenRecipe:
     questions: int = 10
     answer_rate: float = 7e-4
     validation_images: int = 96
-    measure_every: int = 100
+    measure_every: int = 200
     save_every: int = 50
     easy_vqa: bool = True
     threads: int | None = field(default=None, compare=False)
@@ -139,8 +139,8 @@ def _start_local(visual) -> None:
                 bias[:2, h, axis : axis + 3] = (2.5, 1.8, 1.0)[(h + n) % 3]
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
             layer.weight.normal_(0, 1 / math.sqrt(layer.in_features))
-    for layer in (visual.merger.mlp[0], visual.merger.mlp[2]):
-        layer.weight.normal_(0, 1 / math.sqrt(layer.in_features))
+    for layer, gain in ((visual.merger.mlp[0], 1.0), (visual.merger.mlp[2], 0.3)):
+        layer.weight.normal_(0, gain / math.sqrt(layer.in_features))
     visual.patch_embed.proj.weight.normal_(0, 2 / math.sqrt(visual.patch_embed.proj.weight[0].numel()))
 
 
