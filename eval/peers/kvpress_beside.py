@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,32 @@ def kept_entries(
     }  # fmt: skip
 
 
+def times_of(us: Worker, them: Worker, pair: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds of the long prompt and of later tokens, both sides in turn, a fifth of the entries kept."""
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+
+    def case(name: str, worker: Worker) -> Callable[[], float]:
+        def call() -> float:
+            runs[name].append(worker("run", prompt=0, pair=pair, kept=409))
+            return runs[name][-1]["prefill"]
+
+        return call
+
+    alternate({"ours": case("ours", us), "theirs": case("theirs", them)}, rounds)
+    # the first one warms up
+    return {
+        part: summary({name: [run[part] for run in found[1:]] for name, found in runs.items()})
+        for part in ("prefill", "decode")
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--model", default="assets/models/tiny-llava")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peers/kvpress/bin/python"))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("results"))
     asked = parser.parse_args()
     if asked.worker:
@@ -194,47 +215,31 @@ def main() -> None:
         Worker(Path(sys.executable), __file__, "--worker", "ours"),
         Worker(asked.peer, __file__, "--worker", "theirs"),
     )
-    kept, clocks = [], {}
+    sides, kept, clocks, versions = {"ours": us, "theirs": them}, [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        lengths = write_prompts(asked.model, scratch / "prompts.npz")
-        # only with eager attention does kvpress see the weights that its second press ranks by
-        for worker, attention in ((us, "sdpa"), (them, "eager")):
-            worker(
-                "prepare",
-                model=str(Path(asked.model).resolve()),
-                prompts=str(scratch / "prompts.npz"),
-                attention=attention,
-            )
-        kept = [kept_entries(us, them, lengths, pair, share, scratch) for pair in PAIRS for share in (0.5, 0.2)]
+        lengths = write_prompts(asked.model, scratch / "prompts.npz", asked.prompts)
         write_long(scratch / "long", scratch / "long.npz")
-        versions = {}
-        for name, worker, attention in (("ours", us, "sdpa"), ("theirs", them, "eager")):
-            versions[name] = worker(
-                "prepare", model=str(scratch / "long"), prompts=str(scratch / "long.npz"), attention=attention
-            )
+
+        def prepare(model: str, prompts: str, pair: str) -> None:
+            for name, worker in sides.items():
+                # only with eager attention does kvpress see the weights that its second press ranks by
+                attention = "eager" if (name, pair) == ("theirs", "attention") else "sdpa"
+                place = str(scratch / prompts)
+                versions[name] = worker("prepare", model=model, prompts=place, attention=attention)
+
         for pair in PAIRS:
-            runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-
-            def case(name: str, worker: Worker, pair: str = pair, runs: Any = runs) -> Any:
-                def call() -> float:
-                    runs[name].append(worker("run", prompt=0, pair=pair, kept=409))
-                    return runs[name][-1]["prefill"]
-
-                return call
-
-            alternate({"ours": case("ours", us), "theirs": case("theirs", them)}, asked.rounds)
-            clocks[pair] = {
-                part: summary({name: [run[part] for run in found[1:]] for name, found in runs.items()})
-                for part in ("prefill", "decode")
-            }
+            prepare(str(Path(asked.model).resolve()), "prompts.npz", pair)
+            kept += [kept_entries(us, them, lengths, pair, share, scratch) for share in (0.5, 0.2)]
+            prepare(str(scratch / "long"), "long.npz", pair)
+            clocks[pair] = times_of(us, them, pair, asked.rounds)
     for worker in (us, them):
         worker.close()
     report = {
         "schema": "vlmcompress.peer/1", "peer": "kvpress 0.5.5",
-        "command": f"python eval/peers/kvpress_beside.py --rounds {asked.rounds}",
+        "command": f"python eval/peers/kvpress_beside.py --rounds {asked.rounds} --prompts {asked.prompts}",
         "environment": environment() | {"threads": 1}, "versions": versions, "clock": "processor time",
-        "attention": {"ours": "sdpa", "theirs": "eager"}, "kept": kept,
+        "attention": "sdpa, theirs eager for ObservedAttentionPress", "kept": kept,
         "milliseconds": {"shape": "Llama 4 layers × 512, 2,048 tokens, a fifth kept", **clocks},
     }  # fmt: skip
     asked.out.mkdir(parents=True, exist_ok=True)
