@@ -19,6 +19,8 @@ IMAGE, PAD, BOS, EOS = 3, 0, 1, 2
 #: this transformers makes features ahead of generation. Older ones (5.16) repeat pixels for beams view by view, which
 #: mixes up the images of a prompt that has several views: stock and compressed models answer alike, and wrongly
 AHEAD = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+#: beams for prompts with several views
+BEAMS = 2 if AHEAD else 1
 TEXT = dict(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, initializer_range=0.15, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,

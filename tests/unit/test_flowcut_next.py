@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import BEAMS, IMAGE
 from models_next import one_row, prompts_next, tiny_next
 
 import vlmcompress
@@ -26,7 +26,7 @@ def test_batched_equals_single_and_padding_does_not_matter(model, keep):
     width = left["input_ids"].shape[1]
     with vlmcompress.compress(model, "flowcut", keep=keep, every=1) as handle:
         new = model.generate(**left, **GREEDY)[:, width:]
-        beams = model.generate(**left, **GREEDY, num_beams=2)[:, width:]
+        beams = model.generate(**left, **GREEDY, num_beams=BEAMS)[:, width:]
         positions = [(x["attention_mask"].cumsum(1) - 1).clamp_min(0) for x in (left, right)]
         batch_left = model(**left, position_ids=positions[0]).logits
         records = [[(i.kept, i.kept_at(2)) for i in s.images] for s in handle.last.samples]
@@ -47,7 +47,7 @@ def test_batched_equals_single_and_padding_does_not_matter(model, keep):
             torch.testing.assert_close(batch_left[row, -length:], logits, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(batch_right[row, :length], logits, atol=1e-4, rtol=1e-4)
             assert model.generate(**alone, **GREEDY)[0, length:].equal(new[row])
-            assert model.generate(**alone, **GREEDY, num_beams=2)[0, length:].equal(beams[row])
+            assert model.generate(**alone, **GREEDY, num_beams=BEAMS)[0, length:].equal(beams[row])
 
 
 @torch.no_grad()

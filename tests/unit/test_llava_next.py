@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE
+from models import BEAMS, IMAGE
 from models_next import SIZES, one_row, prompts_next, tiny_next
 
 import vlmcompress
@@ -104,7 +104,7 @@ def test_batched_equals_single(model, name, options):
     left, right = prompts_next(model, SPEC), prompts_next(model, SPEC, side="right")
     with vlmcompress.compress(model, name, **options) as handle:
         new = model.generate(**left, **GREEDY)[:, left["input_ids"].shape[1] :]
-        beams = model.generate(**left, num_beams=2, **GREEDY)[:, left["input_ids"].shape[1] :]
+        beams = model.generate(**left, num_beams=BEAMS, **GREEDY)[:, left["input_ids"].shape[1] :]
         positions = [(x["attention_mask"].cumsum(1) - 1).clamp_min(0) for x in (left, right)]
         batch_left = model(**left, position_ids=positions[0]).logits
         records = [[i.kept_at(3) for i in s.images] for s in handle.last.samples]
@@ -118,7 +118,7 @@ def test_batched_equals_single(model, name, options):
             torch.testing.assert_close(batch_left[row, -n:], logits, atol=2e-4, rtol=1e-4)
             torch.testing.assert_close(batch_right[row, :n], logits, atol=2e-4, rtol=1e-4)
             assert model.generate(**alone, **GREEDY)[0, n:].equal(new[row])
-            assert model.generate(**alone, num_beams=2, **GREEDY)[0, n:].equal(beams[row])
+            assert model.generate(**alone, num_beams=BEAMS, **GREEDY)[0, n:].equal(beams[row])
 
 
 @pytest.mark.parametrize("keep", [1.0, 100_000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE, cached
+from models import BEAMS, IMAGE, cached
 from models_tiles import FAMILIES, one_row, prompts
 from reference import embeddings, entering, real_slots
 from reference_prefix import blocks_of, reference
@@ -84,13 +84,13 @@ def test_batched_equals_single(made, name):
     inputs = prompts(family, model, SPEC)
     with vlmcompress.compress(model, name, **METHODS[name]) as handle:
         new, ledger = model.generate(**inputs, **GREEDY), handle.last
-        beams = model.generate(**inputs, num_beams=2, **GREEDY)
+        beams = model.generate(**inputs, num_beams=BEAMS, **GREEDY)
         for row in range(3):
             alone = one_row(inputs, SPEC, row)
             assert model.generate(**alone, **GREEDY)[0, -STEPS:].equal(new[row, -STEPS:])
             for image, single in zip(ledger.samples[row].images, handle.last.samples[0].images, strict=False):
                 assert image.kept.equal(single.kept)
-            assert model.generate(**alone, num_beams=2, **GREEDY)[0, -STEPS:].equal(beams[row, -STEPS:])
+            assert model.generate(**alone, num_beams=BEAMS, **GREEDY)[0, -STEPS:].equal(beams[row, -STEPS:])
 
 
 @pytest.mark.parametrize("name", ["vtc-cls", "grid", "pool", "globalcom2"])
