@@ -32,6 +32,18 @@ SINKS, STEPS = 4, 8
 PAIRS = {"streaming": ("StreamingLLMPress", "keep-last"), "attention": ("ObservedAttentionPress", "h2o")}
 
 
+def same_name(name: str) -> str:
+    """The name of a weight in both versions of transformers."""
+    return name.replace(".vision_model.", ".")
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """Configuration and weights of a model for both sides."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    np.savez(folder / "weights.npz", **{same_name(n): w.float().numpy() for n, w in model.state_dict().items()})
+
+
 class Side:
     """One library on one model: runs a prompt, then some given tokens, and tells which entries it kept."""
 
@@ -45,11 +57,18 @@ class Side:
 
     def prepare(self, model: str, prompts: str, attention: str) -> dict[str, str]:
         import transformers
-        from transformers import LlavaForConditionalGeneration
+        from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-        self.model = LlavaForConditionalGeneration.from_pretrained(
-            model, dtype=self.torch.float32, attn_implementation=attention
+        config = LlavaConfig.from_pretrained(model)
+        self.model = LlavaForConditionalGeneration._from_config(
+            config, dtype=self.torch.float32, attn_implementation=attention
         ).eval()
+        # a version of transformers that does not know a name would leave the weight as it was drawn, and only warn
+        own = {same_name(name): name for name in self.model.state_dict()}
+        weights = np.load(Path(model) / "weights.npz")
+        if own.keys() != set(weights):
+            raise ValueError(f"Weights that only one side has: {sorted(own.keys() ^ set(weights))}.")
+        self.model.load_state_dict({own[name]: self.torch.from_numpy(weights[name]) for name in weights})
         found = np.load(prompts)
         count = 1 + max(int(name.split("/")[0]) for name in found)
         self.prompts = [
@@ -121,13 +140,14 @@ class Ours(Side):
         return self.model(input_ids=ids, position_ids=where, use_cache=True, **{cache_keyword(self.model): cache})
 
 
-def write_prompts(model: str, file: Path, count: int = 16) -> list[int]:
-    """Questions of the scenes as the processor encodes them; the number of tokens of each."""
+def write_prompts(model: str, folder: Path, file: Path, count: int) -> list[int]:
+    """The model, and questions of the scenes as its processor encodes them; the number of tokens of each."""
     from vlmcompress.eval.loading import encode
     from vlmcompress.eval.loading import load as load_model
     from vlmcompress.eval.tasks import load as load_task
 
     real, processor = load_model(model, dtype="float32")
+    write_weights(real, folder)
     found, lengths = {}, []
     for i, sample in enumerate(load_task("scenes", limit=count)):
         inputs = encode(real, processor, [sample.image], [sample.question])
@@ -145,7 +165,7 @@ def write_long(folder: Path, file: Path, tokens: int = 2048) -> None:
     from vlmcompress.eval import decoding
 
     model = decoding.build(4, 512, "cpu", torch.float32)
-    model.save_pretrained(folder)
+    write_weights(model, folder)
     inputs = decoding.prompt(tokens, "cpu", torch.float32)
     np.savez(file, **{f"0/{name}": value.numpy() for name, value in inputs.items()})
 
@@ -218,7 +238,7 @@ def main() -> None:
     sides, kept, clocks, versions = {"ours": us, "theirs": them}, [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        lengths = write_prompts(asked.model, scratch / "prompts.npz", asked.prompts)
+        lengths = write_prompts(asked.model, scratch / "real", scratch / "prompts.npz", asked.prompts)
         write_long(scratch / "long", scratch / "long.npz")
 
         def prepare(model: str, prompts: str, pair: str) -> None:
@@ -229,7 +249,7 @@ def main() -> None:
                 versions[name] = worker("prepare", model=model, prompts=place, attention=attention)
 
         for pair in PAIRS:
-            prepare(str(Path(asked.model).resolve()), "prompts.npz", pair)
+            prepare(str(scratch / "real"), "prompts.npz", pair)
             kept += [kept_entries(us, them, lengths, pair, share, scratch) for share in (0.5, 0.2)]
             prepare(str(scratch / "long"), "long.npz", pair)
             clocks[pair] = times_of(us, them, pair, asked.rounds)
