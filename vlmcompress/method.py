@@ -212,6 +212,11 @@ def create(method: str | Method | Composition, **options: Any) -> Composition:
                 f"Options ({', '.join(options)}) go with a method's name; a method instance already carries its own."
             )
         return Composition.of(method)
+    if type(method).__module__.partition(".")[0] == "kvpress":
+        raise ValueError(
+            f"A press of kvpress ({type(method).__name__}) cannot act here: its hooks need transformers below 5.3, this "
+            "library 5.16 or later. Take h2o, a2sf, keyformer, lazyeviction, tokenselect or keep-last."
+        )
     if not isinstance(method, str):
         raise ValueError(f"method is a name, a Method or a composition of them, not {type(method).__name__}.")
     from .registry import METHODS
