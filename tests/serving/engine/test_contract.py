@@ -74,7 +74,8 @@ def test_placeholders_are_rows(model, method, options):
     prompts = [[size] for size in SIZES] + ([] if family == "llava_onevision" else [SIZES[2:5]])
     for sizes in prompts:
         images = processor.info.parse_mm_data({"image": [noise(size) for size in sizes]})
-        inputs = ProcessorInputs(prompt=f"{mark} a" * len(sizes), mm_data_items=images)
+        prompt = processor.info.get_tokenizer().encode(f"{mark} a" * len(sizes))
+        inputs = ProcessorInputs(prompt=prompt, mm_data_items=images)
         found = processor.apply(inputs, TimingContext(enabled=False))
         counts = [place.get_num_embeds() for place in found["mm_placeholders"]["image"]]
         rows = [len(tokens) for tokens in encoder(given_of(family, config, found["mm_kwargs"]["image"]))]

@@ -60,6 +60,7 @@ def body(question: str, part: dict, **options) -> dict:
     content = [part, {"type": "text", "text": question}]
     return {
         "model": "served", "messages": [{"role": "user", "content": content}], "max_tokens": NEW_TOKENS, "temperature": 0,
+        "add_special_tokens": True,  # the template leaves the start of a text to the tokenizer
         **options,
     }  # fmt: skip
 
