@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
                 page.set_viewport_size({"width": 1280, "height": 900})
                 page.add_style_tag(content=COUNTED)
                 page.wait_for_timeout(500)
-                area = page.locator("#vc-before").bounding_box() | {"x": 70, "width": 1140, "height": 1080}
+                area = page.locator("#vc-before").bounding_box() | {"x": 70, "width": 1140, "height": 1044}
                 page.screenshot(path=folder / "readme.png", full_page=True, clip=area)
             page.set_viewport_size({"width": 1280, "height": 900})
     blocks.close()

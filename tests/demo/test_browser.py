@@ -164,7 +164,7 @@ def test_the_table_is_filtered_and_sorted(page):
     everything = page.locator("#vc-table tbody tr").count()
     b.choose(page, "#vc-table-model", "tiny-llava-next")
     b.wait_for_fewer(page, "#vc-table tbody tr", everything)
-    assert set(page.locator("#vc-table tbody td:nth-child(3)").all_inner_texts()) == {"tiny-llava-next"}
+    assert set(page.locator("#vc-table tbody td:nth-child(5)").all_inner_texts()) == {"tiny-llava-next"}
     b.choose(page, "#vc-table-order", "FLOPs")
     page.wait_for_function(
         "() => { const x = [...document.querySelectorAll('#vc-table tbody td:nth-child(8)')]"

@@ -41,7 +41,7 @@ ORDERS: dict[str, tuple[Callable[[Line], Any], bool]] = {
     "prefill": (lambda line: (line.prefill_ms is None, line.prefill_ms or 0.0), False),
     "method": (lambda line: (line.method, -line.tokens), False),
 }
-HEAD = ("method", "keep", "model", "task", "accuracy % [95 %]", "of uncompressed %", "layer average", "MFLOPs",
+HEAD = ("method", "keep", "accuracy % [95 %]", "task", "model", "of uncompressed %", "layer average", "MFLOPs",
         "prefill ms", "KV KiB", "measured in")  # fmt: skip
 
 
@@ -128,8 +128,8 @@ def select(
 
 def _cells(line: Line) -> list[str]:
     return [
-        line.method, line.keep, line.model, f"{line.task} (n={line.questions:,})",
-        f"{100 * line.accuracy:.1f} [{100 * line.low:.1f}, {100 * line.high:.1f}]",
+        line.method, line.keep, f"{100 * line.accuracy:.1f} [{100 * line.low:.1f}, {100 * line.high:.1f}]",
+        f"{line.task} (n={line.questions:,})", line.model,
         "–" if line.retained is None else f"{100 * line.retained:.1f}", f"{line.tokens:.1f}", f"{line.mflops:,.0f}",
         "–" if line.prefill_ms is None else f"{line.prefill_ms:.1f}", f"{line.kv_kib:,.0f}", line.source,
     ]  # fmt: skip
