@@ -80,7 +80,7 @@ $(SERVING)/.vlmcompress-installed: pyproject.toml tests/serving/engine/overrides
 
 test-serving: $(SERVING)/.vlmcompress-installed
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -q \
-	  tests/serving/test_tokens.py tests/serving/test_settings.py tests/serving/test_load.py tests/serving/engine
+	  tests/serving/test_*.py tests/serving/engine
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
