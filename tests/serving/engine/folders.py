@@ -156,6 +156,8 @@ def _qwen(family: str, processor, folder: Path) -> Path:
                            ("vision_end", "vision_end"))
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    if family == "qwen3_vl":
+        rope["mrope_interleaved"] = True  # as the hub's configurations say, and transformers does without asking
     config_class, model_class, vision = QWEN_VISION[family]
     config = config_class(
         vision_config=dict(
