@@ -78,7 +78,7 @@ def plot(folders: list[Path], target: Path) -> None:
         path = folder / "measures.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for name in [k for k in (rows[0] if rows else {}) if k != "step"]:
-            right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, linewidth=0.9)
+            right.plot([row["step"] for row in rows], [row[name] for row in rows], ".-", label=name, linewidth=0.9)
         right.set(title=f"{folder.name}: validation accuracy", xlabel="step", ylim=(0, 1.02))
         right.legend(fontsize=7, ncols=2)
     figure.savefig(target, dpi=80)

@@ -63,7 +63,7 @@ class ClipRecipe:
     keep: int = 16
     video: VideoConfig = VIDEOS
     validation_videos: int = 128
-    measure_every: int = 400
+    measure_every: int = 100
     save_every: int = 100
     threads: int | None = field(default=None, compare=False)
 
