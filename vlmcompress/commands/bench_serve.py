@@ -38,7 +38,7 @@ NAME = "served"
 PATIENCE = 1800
 
 SHAPE = (
-    "LLaVA-1.5's layout at 336 px (576 visual tokens), random weights: tower 6 layers × 256, Llama 8 layers × 1024; the tower "
+    "LLaVA-1.5's layout at 336 px (576 visual tokens), random weights: tower 4 layers × 256, Llama 8 layers × 1024; the tower "
     "is 4 % of a prompt's FLOPs, as in LLaVA-1.5-7B"
 )
 
@@ -48,7 +48,7 @@ def serve_config() -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336,
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, image_size=336,
         patch_size=14, projection_dim=256,
     )  # fmt: skip
     text = LlamaConfig(
