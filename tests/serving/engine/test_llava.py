@@ -107,7 +107,7 @@ def test_a_damaged_image_harms_no_other_request(compressed, model, processor):
     assert answers(by_engine(compressed, good)) == expected(model, processor, good, **ENTRY)
 
 
-def test_small_chunks_of_a_prompt(start, wide, model, processor):
+def test_small_chunks_of_a_prompt_and_a_second_engine_beside_the_first(compressed, start, wide, model, processor):
     llm = start(wide, {"method": "flowcut", "keep": 20}, max_num_batched_tokens=32, max_num_seqs=2, max_model_len=512)
     requests = [
         *questions(processor, 10),
@@ -116,6 +116,7 @@ def test_small_chunks_of_a_prompt(start, wide, model, processor):
     outputs = by_engine(llm, requests)
     assert placeholders(outputs[0]) == 20
     assert answers(outputs) == expected(model, processor, requests, "flowcut", keep=20)
+    assert answers(by_engine(compressed, requests[:5])) == expected(model, processor, requests[:5], **ENTRY)
 
 
 def test_without_settings_the_engine_is_stock(start, model, processor, tmp_path):
