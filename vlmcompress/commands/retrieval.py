@@ -13,9 +13,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 COLUMNS = {
-    "text_to_video_r1": "text → video R@1",
+    "text_to_video_r1": "text→video R@1",
     "text_to_video_r5": "R@5",
-    "video_to_text_r1": "video → text R@1",
+    "video_to_text_r1": "video→text R@1",
     "video_to_text_r5": "R@5",
 }
 
@@ -56,10 +56,10 @@ def retrieval(model: str, rows: Sequence[str], videos: int, out: Path) -> dict[s
 
 def _table(found: list[dict[str, Any]], videos: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"{videos} videos of 8 frames", title_justify="left")
-    for column in ("", *COLUMNS.values(), "FLOPs of the layers", "ms per video"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", *COLUMNS.values(), "FLOPs", "ms"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in found:
         shown = [f"{row['recall'][name]['value']:.1f}" for name in COLUMNS]
         table.add_row(row["row"], *shown, f"{row['flops_share']:.0%}", f"{row['ms_per_video']:.1f}")
-    table.caption = "95 % intervals are in the file"
+    table.caption = "FLOPs of the tower's layers; ms of the tower per video; 95 % intervals are in the file"
     return table
