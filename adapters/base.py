@@ -184,7 +184,7 @@ class Adapter:
 
         ``grid``: (rows, columns) of one view's tokens. Such a model lays the tower's output out as a picture before it
         joins patches, so what a method left is put back in its places first (see ``raster_blocks``). None: the
-        patches of a token follow each other.
+        patches of a token follow each other. On the CPU: the caller moves it.
         """
         return None
 

@@ -61,7 +61,7 @@ class Gemma3Adapter(Adapter):
         return self.side**2
 
     def patch_order(self, grid: tuple[int, int]) -> LongTensor:
-        return raster_blocks(grid, self.side, self.inner.multi_modal_projector.mm_input_projection_weight.device)
+        return raster_blocks(grid, self.side)
 
     def geometry(self, given: dict[str, Any]) -> Layout:
         pixels, side = given["pixel_values"], self.inner.multi_modal_projector.tokens_per_side

@@ -84,7 +84,7 @@ class InternVLAdapter(Adapter):
         return {}
 
     def patch_order(self, grid: tuple[int, int]) -> LongTensor:
-        return raster_blocks(grid, self.side, self.tower.embeddings.cls_token.device)
+        return raster_blocks(grid, self.side)
 
     # geometry ---------------------------------------------------------------------------------------------------
     def geometry(self, given: dict[str, Any]) -> Layout:

@@ -28,8 +28,8 @@ def raster_layout(images: int, grid: tuple[int, int], device: torch.device, *, k
     )
 
 
-def raster_blocks(grid: tuple[int, int], side: int, device: torch.device) -> LongTensor:
+def raster_blocks(grid: tuple[int, int], side: int) -> LongTensor:
     """[N · side²] raster places of the patches of each token, for a ``grid`` of tokens of ``side`` × ``side`` patches."""
     rows, cols = grid
-    patch = torch.arange(rows * side * cols * side, device=device).view(rows, side, cols, side)
+    patch = torch.arange(rows * side * cols * side).view(rows, side, cols, side)
     return patch.transpose(1, 2).flatten()

@@ -65,7 +65,7 @@ class Idefics3Adapter(Adapter):
         return {"patch_attention_mask": torch.ones(len(pixels), *grid, dtype=torch.bool, device=pixels.device)}
 
     def patch_order(self, grid: tuple[int, int]) -> LongTensor:
-        return raster_blocks(grid, self.side, self.tower.embeddings.position_embedding.weight.device)
+        return raster_blocks(grid, self.side)
 
     # geometry ---------------------------------------------------------------------------------------------------
     def geometry(self, given: dict[str, Any]) -> Layout:

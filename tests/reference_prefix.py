@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from models import AHEAD
 
 from vlmcompress.adapters.base import adapter_for
 
@@ -45,4 +46,6 @@ def reference(model, embeds, there, blocks, base, later=None):
     )  # fmt: skip
     logits = model.lm_head(text.last_hidden_state)
     cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None or model.config.model_type == "gemma3" else torch.tanh(logits / cap) * cap
+    # PaliGemma of 5.16 leaves the cap out
+    capped = AHEAD and model.config.model_type != "gemma3"
+    return logits if cap is None or not capped else torch.tanh(logits / cap) * cap

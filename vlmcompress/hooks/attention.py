@@ -22,13 +22,15 @@ def _heads(attention: nn.Module, projected: Tensor, norm: str) -> Tensor:
 def queries(layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """[B, H, R, d] rotated queries of ``hidden`` [B, R, D] at the rotary tables ``embeddings`` ([B, R, d] each)."""
     attention = layer.self_attn
-    return rotate(_heads(attention, attention.q_proj(layer.input_layernorm(hidden)), "q_norm"), *embeddings)
+    x = _heads(attention, attention.q_proj(layer.input_layernorm(hidden)), "q_norm")
+    return rotate(x, *(table.to(x.device) for table in embeddings))
 
 
 def keys(layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """[B, H_kv, S, d] rotated keys of ``hidden`` [B, S, D]."""
     attention = layer.self_attn
-    return rotate(_heads(attention, attention.k_proj(layer.input_layernorm(hidden)), "k_norm"), *embeddings)
+    x = _heads(attention, attention.k_proj(layer.input_layernorm(hidden)), "k_norm")
+    return rotate(x, *(table.to(x.device) for table in embeddings))
 
 
 def values(layer: nn.Module, hidden: Tensor) -> Tensor:

@@ -41,11 +41,17 @@ def watch_tower(vision: Vision, methods: list[Method], adapter: Adapter) -> None
         )
     layers = adapter.tower_layers
     vision.tower = start(vision.layout, adapter.patches_per_token)
-    vision.tower.raster = adapter.patch_order(vision.layout.view_grid)
+    vision.tower.raster = _order(vision, adapter, vision.layout.view_grid)
     vision.handles += _shrink_pixels(vision, methods, adapter)
     for index, block in enumerate(layers):
         callers = [m for m in methods if index in wanted[m]]
         vision.handles += _hook_layer(vision, index, block, callers, adapter)
+
+
+def _order(vision: Vision, adapter: Adapter, grid: tuple[int, int]) -> Tensor | None:
+    """:meth:`Adapter.patch_order` where the pixels are: weights may be anywhere, those of offloaded models nowhere."""
+    order = adapter.patch_order(grid)
+    return None if order is None else order.to(vision.layout.cell.device)
 
 
 def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> list:
@@ -58,7 +64,7 @@ def _shrink_pixels(vision: Vision, methods: list[Method], adapter: Adapter) -> l
     if vision.layout.pooling is not None:
         raise ValueError(POOLED.format(", ".join(f"'{m.name}'" for m in methods)))
     group = adapter.patches_per_token
-    side, by_token = math.isqrt(group), adapter.patch_order((rows, cols))
+    side, by_token = math.isqrt(group), _order(vision, adapter, (rows, cols))
 
     def pre(module: nn.Module, args: tuple, kwargs: dict):
         args, kwargs = adapter.shrink_pixels(args, kwargs, (rows * side, cols * side))
@@ -272,16 +278,19 @@ def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
     norm, linear = adapter.tower_norm(index + 1), adapter.tower_projections(index + 1)
     heads, prefix = adapter.tower_heads, adapter.tower_prefix
     plain = type(linear["q"]) is nn.Linear and type(linear["k"]) is nn.Linear and type(norm) is nn.LayerNorm
+    # weights of an offloaded model, or of one on several devices, are where they belong only while their module runs
+    plain = plain and norm.weight.device == linear["q"].weight.device == hidden.device
     if plain and not adapter.tower_qk_norm:
         weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
         x = nn.functional.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
         parts = [None if p is None else p.float() for m in ("q", "k") for p in (linear[m].weight, linear[m].bias)]
         return folded_cls_logits(x, *parts, heads, adapter.tower_scale)[:, prefix - 1 :]
-    # quantised, adapted or normed projections: call them as they are
+    # quantised, adapted, normed or absent weights: call the modules as they are
     x = norm(hidden)
     k = linear["k"](x[:, prefix:])
     q, k, _ = adapter.split_qkv(index + 1, {"q": linear["q"](x[:, :1]), "k": k, "v": k})
-    return torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
+    logits = torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
+    return logits.to(hidden.device)
 
 
 def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> Tensor:
