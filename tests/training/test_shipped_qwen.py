@@ -34,7 +34,7 @@ def test_it_is_a_stock_qwen_of_less_than_15_mb(shipped):
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 15e6
 
 
-@pytest.mark.parametrize(("size", "tokens"), [((96, 96), 144), ((64, 64), 64), ((96, 48), 72), ((8, 8), 16)])
+@pytest.mark.parametrize(("size", "tokens"), [((96, 96), 144), ((64, 64), 64), ((96, 48), 72), ((8, 8), 4)])
 def test_tokens_of_an_image(shipped, size, tokens):
     given = encode_chats(*shipped, [turn("is there a star", Image.new("RGB", size))])
     assert (given["input_ids"] == shipped[0].config.image_token_id).sum() == tokens

@@ -24,7 +24,7 @@ VISUAL = {
 WEIGHTS = {
     "color": 1.0, "shape": 1.0, "count": 1.5, "existence": 1.2, "position": 1.6, "relation": 1.4, "digit": 1.0,
 }  # fmt: skip
-PIXELS = {"shortest_edge": 16 * CELL**2, "longest_edge": 576 * CELL**2}  # 16 to 576 tokens per image or frame
+PIXELS = {"shortest_edge": 4 * CELL**2, "longest_edge": 576 * CELL**2}  # 4 to 576 tokens per image or frame
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %} {{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
@@ -103,8 +103,8 @@ def collate_views(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 class QwenDataset(Dataset):
     """Pictures and clips with several question-answer pairs each; ``batch`` items in a row are of one size and sort.
 
-    Of ten such runs five are scenes as they are, one is scenes scaled down, one easy-VQA (native or scaled; scenes
-    where it is not given), three are clips. ``only`` makes all of one sort: "scenes" or "clips". In the first
+    Of ten such runs five are scenes as they are, one is scenes scaled down, one easy-VQA (native 64 × 64 or scaled down;
+    scenes where it is not given), three are clips. ``only`` makes all of one sort: "scenes" or "clips". In the first
     ``easy_until`` items a clip holds at most two things.
     """
 
@@ -129,7 +129,7 @@ class QwenDataset(Dataset):
         elif turn == 6 and self.easy_vqa:
             image, found = self.easy_vqa[int(rng.integers(len(self.easy_vqa)))]
             qas = [found[j] for j in rng.permutation(len(found))[: self.questions]]
-            frames = (image if run.random() < 0.6 else _scaled(image, min(side, 64), narrower),)
+            frames = (image if run.random() < 0.6 else _scaled(image, side // MERGE // CELL * CELL, narrower),)
         else:
             scene = make_scene(self.seed, i)
             qas = ask(scene, rng, self.questions, WEIGHTS)
@@ -138,7 +138,7 @@ class QwenDataset(Dataset):
 
 
 def _scaled(image: Image.Image, side: int, narrower: int) -> Image.Image:
-    return image.resize((max(SIDES[0], side - narrower), side), Image.Resampling.BICUBIC)
+    return image.resize((max(MERGE * CELL, side - narrower), side), Image.Resampling.BICUBIC)
 
 
 class QwenCollator(QuestionCollator):
