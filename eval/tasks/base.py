@@ -162,6 +162,12 @@ def scenes_video(split: str) -> list[Sample]:
     return _stored("scenes-video", split)
 
 
+@register_task("documents")
+def documents(split: str) -> list[Sample]:
+    """Pages of 192 × 192 pixels with text, blank paper and figures, see ``documents/test.json``; for tiled models."""
+    return _stored("documents", split)
+
+
 @register_task("easy-vqa")
 def easy_vqa(split: str) -> list[Sample]:
     """The easy-VQA data set from its own package: 1,000 test images, 9,673 questions, 13 answers."""
