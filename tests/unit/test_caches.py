@@ -12,15 +12,19 @@ from models_qwen import IMAGE as QWEN_IMAGE
 from models_qwen import VIDEO as QWEN_VIDEO
 from models_tiles import FAMILIES as TILES
 from models_tiles import prompts as prompts_tiles
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, StaticCache, cache_utils
 
 import vlmcompress
+from vlmcompress.compat import cache_keyword
 
 GREEDY = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[3, QWEN_IMAGE, QWEN_VIDEO, START, END])
 WATCHED = dict(output_logits=True, return_dict_in_generate=True)
 METHODS = {"vtc-cls": {"keep": 5}, "pool": {"keep": 4}, "random": {"keep": 0.4}}
 STATIC = dict(cache_implementation="static")
 FP8 = dict(cache_implementation="quantized", cache_config={"backend": "fp8"})
+needs_fp8 = pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers quantises with further packages only"
+)
 
 
 def _tiles(name: str, attention: str):
@@ -64,7 +68,11 @@ def test_a_static_cache_answers_alike(made, name):
         found = []
         for options in ({}, STATIC):
             beams = model.generate(**inputs, **GREEDY, **options, num_beams=2)
-            room = {"cache": StaticCache(config=handle.adapter.text_config, max_cache_len=300)} if options else {}
+            room = (
+                {cache_keyword(model): StaticCache(config=handle.adapter.text_config, max_cache_len=300)}
+                if options
+                else {}
+            )
             first = model.generate(**inputs, **GREEDY, **WATCHED, **room)
             full = torch.cat([first.sequences, more], 1)
             longer = full.shape[1] - inputs["input_ids"].shape[1]
@@ -91,6 +99,7 @@ def test_a_compiled_step_answers_alike(made):
     assert torch._dynamo.utils.counters["frames"]["ok"]
 
 
+@needs_fp8
 @torch.no_grad()
 def test_a_quantized_cache_holds_what_entered(made):
     """It holds the kept tokens only, and is off by what quantising takes."""
@@ -129,7 +138,7 @@ def test_looked_up_drafts_change_nothing(made, name):
         assert model.generate(**one, **GREEDY, prompt_lookup_num_tokens=3).equal(expected)
 
 
-@pytest.mark.parametrize("options", [STATIC, FP8], ids=["static", "quantized"])
+@pytest.mark.parametrize("options", [STATIC, pytest.param(FP8, marks=needs_fp8)], ids=["static", "quantized"])
 @pytest.mark.parametrize("name", ["fastv", "keep-last", "mustdrop"])
 @torch.no_grad()
 def test_methods_inside_the_language_model_are_refused(made, name, options):
