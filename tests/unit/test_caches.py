@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import cached, prompts, tiny_llava
+from models import AHEAD, cached, prompts, tiny_llava
 from models_qwen import END, START, prompts_qwen, tiny_qwen
 from models_qwen import IMAGE as QWEN_IMAGE
 from models_qwen import VIDEO as QWEN_VIDEO
@@ -152,6 +152,7 @@ def test_methods_inside_the_language_model_are_refused(made, name, options):
     assert model.generate(**inputs, **GREEDY, **options).equal(before)
 
 
+@pytest.mark.skipif(not AHEAD, reason="the stock Gemma 3 of this transformers takes no static cache either")
 @torch.no_grad()
 def test_windows_in_a_static_cache_are_refused():
     model, inputs = _tiles("gemma3", "sdpa")
