@@ -60,6 +60,7 @@ def _table(found: list[dict[str, Any]], videos: int) -> Table:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in found:
         shown = [f"{row['recall'][name]['value']:.1f}" for name in COLUMNS]
-        table.add_row(row["row"], *shown, f"{row['flops_share']:.0%}", f"{row['ms_per_video']:.1f}")
+        name = " ".join([row["method"], *(f"{option}={value}" for option, value in row["options"].items())])
+        table.add_row(name, *shown, f"{row['flops_share']:.0%}", f"{row['ms_per_video']:.1f}")
     table.caption = "FLOPs of the tower's layers; ms of the tower per video; 95 % intervals are in the file"
     return table
