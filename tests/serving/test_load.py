@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from vlmcompress.commands.bench_serve import reason_in
 from vlmcompress.serving.load import Answer, Load, blocks_used, body_of, samples, summary
 
 METRICS = """# HELP vllm:num_preemptions_total Cumulative number of preemptions.
@@ -40,6 +41,19 @@ def test_no_two_requests_are_alike():
     bodies = [json.dumps(body_of(load, "m", number)) for number in range(4)]
     urls = [json.loads(body)["messages"][0]["content"][0]["image_url"]["url"] for body in bodies]
     assert len(set(bodies)) == len(set(urls)) == 4
+
+
+LOG = """(APIServer pid=7) WARNING [a.py:2] failed, which can cause errors like `OSError: [Errno 24] Too many open files`.
+(EngineCore pid=9) ERROR 11-26 14:00:00 [core.py:11]     raise ValueError(
+(EngineCore pid=9) ERROR 11-26 14:00:00 [core.py:11] ValueError: 'fastv' cannot be served.
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_the_cause_is_found_in_a_servers_log():
+    assert reason_in(LOG) == "'fastv' cannot be served."
+    assert reason_in("ModuleNotFoundError: No module named 'vllm'") == "No module named 'vllm'"
+    assert reason_in("killed") == "killed" and reason_in("") == "no output"
 
 
 class Server(BaseHTTPRequestHandler):

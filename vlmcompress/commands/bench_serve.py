@@ -140,10 +140,14 @@ def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
     raise ValueError(f"vLLM did not answer within {PATIENCE} seconds; its log: {log}")
 
 
+#: the line in which an exception is named, with what vLLM's processes and its logger put in front
+_RAISED = re.compile(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] *)?(?:\w+\.)*\w*(?:Error|Exception): (.+)$", re.MULTILINE)
+
+
 def reason_in(log: str) -> str:
-    """The first error that a server's log names."""
-    found = re.findall(r"(?:ValueError|RuntimeError|OSError|ValidationError|error): (.+)", log)
-    return found[0].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
+    """The first exception that a server's log names, which is the cause of those behind it."""
+    found = _RAISED.search(log)
+    return found[1].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
 
 
 def bench_serve(
