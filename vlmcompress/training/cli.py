@@ -49,8 +49,7 @@ def tiny_llava_next(
     """Train tiny-llava-next from tiny-llava (about 20 minutes on two quiet CPU cores)."""
     from .tiny_llava_next import NextRecipe, train_tiny_llava_next
 
-    if not (base / "config.json").is_file():
-        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+    _must_be_model(base)
     recipe = _shortened(NextRecipe(seed=seed, threads=threads), ("steps", "small_steps"), share)
     typer.echo(f"Wrote {train_tiny_llava_next(recipe, base, output, work or _work(output), resume)}")
 
@@ -72,8 +71,7 @@ def tiny_clip(
     """Train tiny-clip, an open_clip model for videos and captions (about 5 minutes on two quiet CPU cores)."""
     from .tiny_clip import ClipRecipe, train_tiny_clip
 
-    if not (base / "model.safetensors").is_file():
-        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+    _must_be_model(base)
     recipe = _shortened(ClipRecipe(seed=seed, segments=segments, keep=keep, threads=threads), ("steps",), share)
     typer.echo(f"Wrote {train_tiny_clip(recipe, base, output, work or _work(output), resume)}")
 
@@ -93,8 +91,7 @@ def tiny_qwen(
     """Train tiny-qwen2.5-vl from tiny-llava's language model (about half an hour on two quiet CPU cores)."""
     from .tiny_qwen import QwenRecipe, train_tiny_qwen
 
-    if not (base / "config.json").is_file():
-        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+    _must_be_model(base)
     recipe = _shortened(QwenRecipe(seed=seed, threads=threads), ("copy_steps", "answer_steps", "easy_steps"), share)
     typer.echo(f"Wrote {train_tiny_qwen(recipe, base, output, work or _work(output), resume)}")
 
@@ -129,10 +126,7 @@ def tokenflex(
     """Train one stage of a model with any number of visual tokens; start it with torchrun for several processes."""
     from .tokenflex import FlexRun, train_tokenflex
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     shares = None if probabilities is None else _numbers(probabilities, float)
     run = FlexRun(
         base, output, stage, data, images, _numbers(counts, int), shares, pooling=pooling,
@@ -185,10 +179,7 @@ def tokenflex_study(
     """A flexible model against models of one count, each used at every count (hours on two CPU cores)."""
     from .flex_study import FlexStudy, run_study
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     study = _shortened(FlexStudy(base, limit=limit or None), ("warm_steps", "steps"), share)
     run_study(study, list(range(seeds)), output)
     typer.echo((output / "report.md").read_text())
@@ -206,10 +197,7 @@ def boards(
     """TokenFLEX's claim on a board game: a flexible projector against fixed ones (5 minutes an arm on a free core)."""
     from .boards import BoardStudy, run
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     report = run(_shortened(BoardStudy(), ("steps",), share), list(range(seeds)), output)
     typer.echo((output / "report.md").read_text())
     if not all(report["gates"].values()):
@@ -221,6 +209,18 @@ def _shortened(recipe, names: tuple[str, ...], share: float):
     if not 0 < share <= 1:
         raise typer.BadParameter(f"share must be in (0, 1], got {share}", param_hint="--share")
     return replace(recipe, **{name: max(1, round(share * getattr(recipe, name))) for name in names})
+
+
+def _must_be_model(base: Path) -> None:
+    if not (base / "config.json").is_file():
+        raise typer.BadParameter(f"there is no model folder {base}", param_hint="--base")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _work(output: Path) -> Path:
