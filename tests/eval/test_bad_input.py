@@ -29,7 +29,9 @@ def test_a_model_that_answers_nothing_is_warned_about(tiny_folder, tmp_path):
 
 
 def test_an_unknown_task_stops_before_anything_is_written(tiny_folder, tmp_path):
-    with pytest.raises(ValueError, match="There is no task 'scenery'; the tasks are easy-vqa, scenes") as failure:
+    with pytest.raises(
+        ValueError, match="There is no task 'scenery'; the tasks are documents, easy-vqa, scenes"
+    ) as failure:
         evaluate(settings(tiny_folder, tmp_path / "out", tasks="scenes,scenery"))
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "out").exists()

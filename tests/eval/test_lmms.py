@@ -102,7 +102,7 @@ def test_a_task_of_theirs_is_one_of_ours(samples, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("no-such-task", "There is no task 'no-such-task'; the tasks are easy-vqa, scenes"),
+        ("no-such-task", "There is no task 'no-such-task'; the tasks are documents, easy-vqa, scenes"),
         ("mmmu", "group of tasks"),
         ("nowhere.yaml", "no task file 'nowhere.yaml'"),
         ("pope", "The data of the task 'pope' could not be loaded: "),

@@ -276,7 +276,7 @@ def test_wrong_models_are_refused():
     )
     with pytest.raises(ValueError, match="text-only"):
         vlmcompress.compress(text, "vtc-cls")
-    with pytest.raises(ValueError, match="takes a Hugging Face model"):
+    with pytest.raises(ValueError, match="takes a model of Hugging Face"):
         vlmcompress.compress(torch.nn.Linear(2, 2), "vtc-cls")
 
 

@@ -158,7 +158,7 @@ def measure(model: BoardModel, study: BoardStudy) -> dict[str, dict[str, float]]
 
 
 def run(study: BoardStudy, seeds: list[int], folder: Path) -> dict:
-    """Every arm at every seed, those in ``folder/arms.jsonl`` left out; writes ``report.json`` and ``report.md``."""
+    """Every arm at every seed, those in ``folder/arms.jsonl`` left out; writes ``study.json`` and ``report.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "arms.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -169,7 +169,7 @@ def run(study: BoardStudy, seeds: list[int], folder: Path) -> dict:
                 with path.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
     report = {"study": asdict(study), "seeds": seeds, "torch": torch.__version__, **summary(study, done, seeds)}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "study.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(study, report))
     return report
 

@@ -144,7 +144,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(
     name: str,
-    out: Annotated[Path, typer.Option(help="Folder of report.json and report.md.")],
+    out: Annotated[Path, typer.Option(help="Folder of study.json and report.md.")],
     limit: Annotated[int, typer.Option(min=0, help="Questions; 0: all.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch.")] = None,
 ) -> None:
@@ -159,7 +159,7 @@ def main(
         "rows": study(name, limit or None),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "report.json", report)
+    write_json(out / "study.json", report)
     (out / "report.md").write_text(markdown(report))
     typer.echo(markdown(report))
 

@@ -84,7 +84,7 @@ def run_study(study: FlexStudy, seeds: list[int], folder: Path) -> dict[str, Any
         "torch": torch.__version__,
         **summarize(study, rows, seeds, samples),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "study.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(study, report))
     plot(study, report, folder / "counts.png")
     return report

@@ -110,7 +110,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(
     name: str,
-    out: Annotated[Path, typer.Option(help="Folder of report.json and report.md.")],
+    out: Annotated[Path, typer.Option(help="Folder of study.json and report.md.")],
     tasks: Annotated[str, typer.Option(help="Task names.")] = "scenes,easy-vqa",
     limit: Annotated[int, typer.Option(min=0, help="Questions per task; 0: all.")] = 600,
     keep: Annotated[str, typer.Option(help="Budgets.")] = "48,32,16",
@@ -130,7 +130,7 @@ def main(
         "tasks": study(name, dict.fromkeys(tasks.split(","), limit or None), keeps),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "report.json", report)
+    write_json(out / "study.json", report)
     (out / "report.md").write_text(markdown(report))
     typer.echo(markdown(report))
 
