@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import ImageFile
 from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration
 
 import vlmcompress
 from vlmcompress.commands.evaluate import Settings, evaluate
@@ -22,6 +23,8 @@ from vlmcompress.eval.runner import run_rows
 from vlmcompress.eval.store import Store
 from vlmcompress.eval.tasks import load as load_task
 from vlmcompress.eval.tasks import tasks
+from vlmcompress.training.tiny_qwen import QwenRecipe, build_qwen
+from vlmcompress.training.tiny_qwen_data import qwen_processor, qwen_tokenizer
 
 MODEL = str(Path(__file__).parents[2] / "assets/models/tiny-llava")
 LIMIT = 12
@@ -46,20 +49,22 @@ def samples():
     return {task: load_task(task)[:LIMIT] for task in ("scenes", "easy-vqa")}
 
 
-def test_the_command_line_of_lmms_eval_gives_our_runners_answers(loaded, samples, tmp_path):
+def agree(folder, loaded, row, samples, tmp_path):
+    """lmms-eval's command line and our runner give the same answers and marks; what the command printed."""
+    options = "".join(f",{name}={value}" for name, value in row.options.items())
+    limit = len(next(iter(samples.values())))
     run = subprocess.run(
         [sys.executable, "-m", "lmms_eval", "--model", "vlmcompress", "--model_args",
-         f"pretrained={MODEL},method=fastv,keep=16,layer=1", "--tasks", "scenes,easy-vqa", "--include_path", str(TASKS),
-         "--limit", str(LIMIT), "--batch_size", "5", "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
+         f"pretrained={folder},method={row.method},keep={row.keep}{options}", "--tasks", ",".join(samples),
+         "--include_path", str(TASKS), "--limit", str(limit), "--batch_size", "5", "--device", "cpu", "--output_path",
+         str(tmp_path), "--log_samples"],
         capture_output=True, text=True, cwd=tmp_path, timeout=1200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     store = Store(tmp_path / "ours", {})
     model, processor = loaded
-    assert not run_rows(
-        model, processor, [Row("fastv", 16, options={"layer": 1})], samples, store, batch_size=7, max_new_tokens=4
-    )
-    ours = store.answers("fastv-keep16-layer=1")
+    assert not run_rows(model, processor, [row], samples, store, batch_size=7, max_new_tokens=4)
+    ours = store.answers(row.key)
     totals = json.loads(next(tmp_path.rglob("*_results.json")).read_text())["results"]
     for task in samples:
         lines = next(tmp_path.rglob(f"*_samples_{task}.jsonl")).read_text().splitlines()
@@ -68,9 +73,24 @@ def test_the_command_line_of_lmms_eval_gives_our_runners_answers(loaded, samples
         assert set(theirs) == set(mine)
         assert {i: row["filtered_resps"] for i, row in theirs.items()} == {i: a["prediction"] for i, a in mine.items()}
         assert {i: row["accuracy"] for i, row in theirs.items()} == {i: a["correct"] for i, a in mine.items()}
-        assert totals[task]["accuracy,none"] == pytest.approx(sum(a["correct"] for a in mine.values()) / LIMIT)
+        assert totals[task]["accuracy,none"] == pytest.approx(sum(a["correct"] for a in mine.values()) / limit)
+    return run.stdout
+
+
+def test_the_command_line_of_lmms_eval_gives_our_runners_answers(loaded, samples, tmp_path):
+    said = agree(MODEL, loaded, Row("fastv", 16, options={"layer": 1}), samples, tmp_path)
     # it says what was kept: 24 prompts in batches of five, the last of two or four
-    assert "visual tokens in" in run.stdout
+    assert "visual tokens in" in said
+
+
+def test_videos_go_through_lmms_eval(tiny_folder, tmp_path):
+    torch.manual_seed(0)
+    base = LlavaForConditionalGeneration.from_pretrained(tiny_folder)
+    model = build_qwen(QwenRecipe(width=32, layers=2, heads=2, full_attention=(1,)), base, qwen_tokenizer())
+    model.save_pretrained(tmp_path / "model")
+    qwen_processor().save_pretrained(tmp_path / "model")
+    agree(tmp_path / "model", load(tmp_path / "model"), Row("grid", 0.5), {"scenes-video": load_task("scenes-video")[:3]},
+          tmp_path)  # fmt: skip
 
 
 def test_every_task_of_ours_is_one_of_theirs():
