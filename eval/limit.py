@@ -22,6 +22,8 @@ from .latency import Timing, clock, interleaved, refuse_zeros, tensor_shapes
 
 #: a 336 px picture and 60 text tokens
 TEXT_TOKENS, IMAGE_TOKEN = 60, 32000
+#: :func:`cpu_shape` and its prompt in words, for reports
+CPU_SHAPE = f"CLIP-L/14-336, Llama 8 layers × 2048, one 336 px image, {TEXT_TOKENS} text tokens, random weights"
 
 
 def cpu_shape() -> Any:

@@ -39,7 +39,7 @@ def bench(out: Path, rounds: int, device: str) -> dict[str, Any]:
         "schema": "vlmcompress.bench/1",
         "command": f"vlmcompress bench --rounds {rounds} --device {device}",
         "environment": results.environment(device),
-        "shape": "CLIP-L/14-336, Llama 8 layers × 2048, one 336 px image, 60 text tokens, random weights",
+        "shape": limit.CPU_SHAPE,
         "dtype": str(dtype),
         "method": METHOD,
         "rounds": rounds,

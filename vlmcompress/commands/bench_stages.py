@@ -49,7 +49,7 @@ def bench_stages(out: Path, rounds: int, device: str) -> dict[str, Any]:
         "schema": "vlmcompress.bench-stages/1",
         "command": f"vlmcompress bench stages --rounds {rounds} --threads {torch.get_num_threads()} --device {device}",
         "environment": results.environment(device),
-        "shape": "CLIP-L/14-336, Llama 8 layers × 2048, one 336 px image, 60 text tokens, random weights",
+        "shape": limit.CPU_SHAPE,
         "dtype": str(dtype),
         "rounds": rounds,
         "new_tokens": NEW_TOKENS,

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from serving.engine.widened import widen
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmcompress
 
@@ -31,6 +32,17 @@ TINY = ASSETS / "models" / "tiny-llava"
 def wide(tmp_path_factory) -> Path:
     """tiny-llava under the tensor names of the hub."""
     return widen(TINY, tmp_path_factory.mktemp("models") / "wide")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """tiny-llava in transformers."""
+    return AutoModelForImageTextToText.from_pretrained(TINY).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from PIL import Image
 from serving.engine.asking import answers, by_engine, by_transformers, chat, questions
 from serving.engine.conftest import TINY
 from serving.engine.widened import widen
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmcompress
 from vlmcompress.method import create
@@ -20,16 +19,6 @@ from vlmcompress.serving.tokens import VisualEncoder
 KEEP = 16
 ENTRY = {"method": "vtc-cls", "keep": KEEP}
 PLACEHOLDER = 4
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForImageTextToText.from_pretrained(TINY).eval()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from serving.engine.asking import NEW_TOKENS, by_transformers, questions
 from serving.engine.conftest import TINY
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmcompress
 from vlmcompress.commands.bench_serve import command_of, reason_in, served
@@ -24,16 +23,6 @@ from vlmcompress.serving.load import samples
 
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 ENTRY = {"method": "vtc-cls", "keep": 16}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForImageTextToText.from_pretrained(TINY).eval()
 
 
 @pytest.fixture(scope="module")
