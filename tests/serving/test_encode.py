@@ -9,7 +9,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmcompress import compress
@@ -25,6 +25,12 @@ def base64_of(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(autouse=True)
+def _whole_pictures(monkeypatch):
+    """Importing lmms-eval, as other tests of this process do, tells PIL to accept truncated pictures."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="module")
