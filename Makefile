@@ -4,6 +4,7 @@
 # make bench-gpu    7B shapes on a GPU by stage and batch, into results/
 # make pages        tables of README.md and docs/methods from results/
 # make test-matrix  every way of running every method on every family, against the slow reference (about ten minutes)
+# make test-gpu     every method on every family on a GPU against the CPU
 # make test-oldest  the tests on the oldest transformers that pyproject.toml allows, in an environment of its own
 # make test-serving the plug-in in real vLLM engines on the CPU, in an environment of its own (Linux, x86-64)
 # FULL=1 make quickstart   every question instead of the stated subset
@@ -22,7 +23,7 @@ WORKERS ?= 2
 STAMP  := $(VENV)/.vlmcompress-installed
 SOURCES := vlmcompress adapters eval tests
 
-.PHONY: demo-speed pages quickstart test test-demo demo-pictures test-oldest test-serving test-matrix lint format bench bench-gpu clean setup
+.PHONY: demo-speed pages quickstart test test-demo demo-pictures test-oldest test-serving test-matrix test-gpu lint format bench bench-gpu clean setup
 
 setup: $(STAMP)
 
@@ -58,6 +59,10 @@ demo-pictures: $(STAMP)
 
 test-matrix: $(STAMP)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 tests/matrix/complete.py
+
+# needs a GPU: what the methods choose and answer there is what they do on the CPU
+test-gpu: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/matrix/on_gpu.py
 
 # seconds to start and to answer, on a machine that does nothing else
 demo-speed: $(STAMP)

@@ -11,7 +11,7 @@ from vlmcompress.training.flex_study import FlexStudy, run_study
 def test_a_miniature_runs_and_resumes(tiny_folder, tmp_path):
     study = FlexStudy(
         str(tiny_folder), counts=(4, 36), probabilities=(0.5, 0.5), untrained=(9,), warm_steps=2, steps=2, batch=2,
-        questions=2, tasks=("scenes",), limit=8, workers=0,
+        questions=2, tasks=("scenes",), limit=8, easy_vqa=False,
     )  # fmt: skip
     report = run_study(study, [0], tmp_path)
     assert set(report["accuracy"]["scenes"]) == {"flexible", "fixed-4", "fixed-36"}

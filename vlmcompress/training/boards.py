@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..projectors.tokenflex import TokenFlexProjector
 from .counts import CountSchedule
+from .runs import device_at_hand
 
 KINDS = ("look-up", "count", "presence")
 _SHARES = (0.6, 0.2, 0.2)
@@ -118,12 +119,12 @@ def train_arm(study: BoardStudy, arm: str, seed: int) -> dict:
     counts, probabilities = study.arms()[arm]
     schedule = CountSchedule(counts, probabilities, seed=seed)
     torch.manual_seed(seed)
-    model = BoardModel(study)
+    model = BoardModel(study).to(device_at_hand())
     optimizer = torch.optim.AdamW(model.parameters(), lr=study.rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, study.steps)
     data, start, seen = torch.Generator().manual_seed(seed + 1), time.perf_counter(), 0
     for step in range(study.steps):
-        board, questions, answers, _ = boards(study, study.batch, data)
+        board, questions, answers, _ = (part.to(model.codes.device) for part in boards(study, study.batch, data))
         tokens = schedule.count(step)
         seen += tokens * study.batch
         loss = nn.functional.cross_entropy(model(board, questions, tokens).flatten(0, 1), answers.flatten())
@@ -149,7 +150,8 @@ def measure(model: BoardModel, study: BoardStudy) -> dict[str, dict[str, float]]
     for tokens in sorted((*study.counts, *study.untrained)):
         generator, right = torch.Generator().manual_seed(10**9), []
         for _ in range(study.test_boards // study.batch):
-            board, questions, answers, kinds = boards(study, study.batch, generator)
+            drawn = boards(study, study.batch, generator)
+            board, questions, answers, kinds = (part.to(model.codes.device) for part in drawn)
             right.append(torch.stack([model(board, questions, tokens).argmax(-1) == answers, kinds]))
         hit, kind = torch.cat(right, 1).flatten(1)
         rates = {name: float(hit[kind == i].float().mean()) for i, name in enumerate(KINDS)}

@@ -32,10 +32,15 @@ def conversation(turns: list[tuple[str, str]], images: int = 1) -> list[dict[str
 
 
 class SceneChats(Dataset):
-    """Scenes with ``questions`` pairs each, in random order; item i depends on the seed and on i alone."""
+    """Scenes with ``questions`` pairs each, in random order; item i depends on the seed and on i alone.
 
-    def __init__(self, seed: int, length: int, config: SceneConfig | None = None, questions: int = 8):
-        self.seed, self.length, self.questions = seed, length, questions
+    With ``pairs``, pictures and their pairs as `hires.easy_vqa_pairs` gives them, every fourth item is one of those.
+    """
+
+    def __init__(
+        self, seed: int, length: int, config: SceneConfig | None = None, questions: int = 8, pairs: list | None = None
+    ):
+        self.seed, self.length, self.questions, self.pairs = seed, length, questions, pairs
         self.config = SceneConfig() if config is None else config
 
     def __len__(self) -> int:
@@ -43,10 +48,13 @@ class SceneChats(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, i, 1))
-        scene = make_scene(self.seed, i, self.config)
-        asked = ask(scene, rng, self.questions, KIND_WEIGHTS)
-        turns = [(asked[j].question, asked[j].answer) for j in rng.permutation(len(asked))]
-        return {"images": [scene.image], "messages": conversation(turns), "index": i}
+        if self.pairs and i % 4 == 3:
+            image, asked = self.pairs[int(rng.integers(len(self.pairs)))]
+        else:
+            scene = make_scene(self.seed, i, self.config)
+            image, asked = scene.image, ask(scene, rng, self.questions, KIND_WEIGHTS)
+        turns = [(asked[j].question, asked[j].answer) for j in rng.permutation(len(asked))[: self.questions]]
+        return {"images": [image], "messages": conversation(turns), "index": i}
 
 
 class JsonChats(Dataset):

@@ -117,6 +117,9 @@ def tokenflex(
     prior: Annotated[float, typer.Option(min=0, help="Alpha of the PRIOR loss; 0: plain.")] = 0.0,
     reference: Annotated[str | None, typer.Option(help="Text-only model for PRIOR; default: BASE, blind.")] = None,
     loss_weighting: Annotated[str, typer.Option(help="token, or sqrt as released.")] = "token",
+    easy_vqa: Annotated[
+        bool, typer.Option(help="Every fourth picture from easy-VQA, where DATA is not given.")
+    ] = False,
     gradient_checkpointing: bool = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read data.")] = 1,
     seed: Seed = 0,
@@ -132,7 +135,7 @@ def tokenflex(
         base, output, stage, data, images, _numbers(counts, int), shares, pooling=pooling,
         apply_post_layernorm=post_layernorm, steps=steps, batch=batch, accumulate=accumulate, rate=rate,
         tower_rate=tower_rate, prior=prior, reference=reference, loss_weighting=loss_weighting, seed=seed,
-        gradient_checkpointing=gradient_checkpointing, workers=workers, resume=resume,
+        easy_vqa=easy_vqa, gradient_checkpointing=gradient_checkpointing, workers=workers, resume=resume,
     )  # fmt: skip
     typer.echo(f"Wrote {train_tokenflex(run)}")
 

@@ -31,7 +31,7 @@ from ..ops.relevance import kept_tokens, relevance_labels, relevance_loss
 from ..relevance import RelevancePredictor, answer_relevance
 from .data import KIND_WEIGHTS
 from .questions import ask
-from .runs import Measure, plot, settings, train
+from .runs import Measure, device_at_hand, plot, settings, train
 from .scenes import SceneConfig, make_scene
 
 TRAINING_SEED = 64_000_000  # apart from the models' own training, from validation and from the test sets
@@ -177,7 +177,7 @@ def write_labels(recipe: RelevanceRecipe, folder: Path) -> list[Path]:
         path = folder / f"{number:04d}.safetensors"
         if not path.is_file():
             if model is None:
-                model, processor = load(recipe.base, attn_implementation="eager")
+                model, processor = load(recipe.base, device=device_at_hand(), attn_implementation="eager")
                 model.requires_grad_(False)
             good = [e for e in explain(model, processor, asked(recipe, number), recipe) if e.right]
             if len(good) * 20 < recipe.chunk:

@@ -20,6 +20,7 @@ from .. import flex
 from ..eval.loading import answer, encode
 from ..eval.stats import accuracy, mean_sd
 from ..eval.tasks import Sample, load
+from .runs import device_at_hand, readers
 from .tokenflex import FlexRun, train_tokenflex
 
 
@@ -37,9 +38,9 @@ class FlexStudy:
     warm_rate: float = 8e-4
     rate: float = 4e-4
     questions: int = 10
+    easy_vqa: bool = True
     tasks: tuple[str, ...] = ("scenes", "easy-vqa")
     limit: int | None = 1200
-    workers: int = 1
 
     def arms(self) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
         """Counts and probabilities of every arm."""
@@ -52,7 +53,9 @@ def run_study(study: FlexStudy, seeds: list[int], folder: Path) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "arms.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    common = FlexRun(study.base, folder / "warm", batch=study.batch, questions=study.questions, workers=study.workers)
+    common = FlexRun(
+        study.base, folder / "warm", batch=study.batch, questions=study.questions, easy_vqa=study.easy_vqa, workers=readers()
+    )  # fmt: skip
     even = (1 / len(study.counts),) * len(study.counts)
     warm = replace(
         common, counts=study.counts, probabilities=even, steps=study.warm_steps, rate=study.warm_rate,
@@ -73,7 +76,8 @@ def run_study(study: FlexStudy, seeds: list[int], folder: Path) -> dict[str, Any
             train_tokenflex(run)
             seconds = time.perf_counter() - start
             log = [row for row in json.loads((run.output / "log.json").read_text()) if "visual_tokens" in row]
-            found = measure(flex.from_pretrained(str(run.output)).eval(), run.output, study, samples)
+            trained = flex.from_pretrained(str(run.output)).to(device_at_hand()).eval()
+            found = measure(trained, run.output, study, samples)
             rows.append({"arm": arm, "seed": seed, "seconds": round(seconds, 1),
                          "tokens_seen": log[-1]["visual_tokens"], "correct": found})  # fmt: skip
             with path.open("a") as file:

@@ -2,12 +2,23 @@
 """What the stages share: Trainer settings, a periodic measurement, and the plot of a run."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+def device_at_hand() -> torch.device:
+    """Where training runs: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def readers() -> int:
+    """Processes that make data ahead of the steps: a GPU waits for one alone. The data do not depend on their number."""
+    return min(6, os.cpu_count() or 1) if torch.cuda.is_available() else 1
 
 
 def fast_bf16() -> bool:
@@ -23,7 +34,7 @@ def settings(folder: Path, steps: int, batch_size: int, learning_rate: float, se
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
         seed=seed, data_seed=seed, bf16=fast_bf16(), warmup_steps=min(100, steps // 5), lr_scheduler_type="cosine",
         adam_beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, logging_steps=20, save_steps=200, save_total_limit=2,
-        dataloader_num_workers=1, dataloader_persistent_workers=True, remove_unused_columns=False, report_to=[],
+        dataloader_num_workers=readers(), dataloader_persistent_workers=True, remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     return TrainingArguments(**{**chosen, **more})

@@ -163,7 +163,7 @@ class CopyModel(nn.Module):
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """What the base model's language model is given, [B, cells, C] in fp32."""
-        tower, projector = self.teacher
+        tower, projector = (part.to(pixels.device) for part in self.teacher)  # no part of this module: goes along here
         seen = tower(normalize(pixels), output_hidden_states=True).hidden_states[self.layer][:, 1:]
         return projector(seen).float()
 
@@ -196,7 +196,7 @@ def train_copy(recipe: QwenRecipe, folder: Path, model, base, pairs: list[tuple]
     """Stage 1: the tower of ``model`` in place; its weights are stored as ``tower.pt``."""
     done = folder / "tower.pt"
     if resume and done.exists():
-        model.model.visual.load_state_dict(torch.load(done, weights_only=True))
+        model.model.visual.load_state_dict(torch.load(done, map_location="cpu", weights_only=True))
         return
     seed = TRAINING_SEED + recipe.seed
     full = replace(TOWER_SCENES, objects=(3, 6))  # most of a picture is ground, which is learnt at once
@@ -217,7 +217,8 @@ def train_copy(recipe: QwenRecipe, folder: Path, model, base, pairs: list[tuple]
 def measure_copy(model: CopyModel, dataset, batch_size: int = 32) -> dict[str, float]:
     """Share of the variance of the wanted features that the tower explains, mean over pictures."""
     batches = [range(s, min(s + batch_size, len(dataset))) for s in range(0, len(dataset), batch_size)]
-    missed = [model(**collate_views([dataset[i] for i in batch]))["missed"] for batch in batches]
+    pictures = (collate_views([dataset[i] for i in batch])["pixels"] for batch in batches)
+    missed = [model(part.to(model.place.device))["missed"] for part in pictures]
     return {"explained": 1 - float(torch.cat(missed).mean())}
 
 

@@ -18,6 +18,7 @@ from ..adapters.base import adapter_for
 from ..checkpoints import loader_of
 from .chats import ChatCollator, JsonChats, SceneChats
 from .counts import IGNORED, CountSchedule, FlexCallback
+from .hires import easy_vqa_pairs
 from .prior import CachedWeights, PriorLoss, reference_weights
 from .runs import fast_bf16
 
@@ -117,7 +118,8 @@ class SqrtLoss:
 
 @dataclass(frozen=True)
 class FlexRun:
-    """One stage of training. ``data`` None: scenes of ours. ``prior`` is the alpha of the PRIOR loss, 0 leaves it out.
+    """One stage of training. ``data`` None: scenes of ours, with ``easy_vqa`` every fourth from easy-VQA's training split.
+    ``prior`` is the alpha of the PRIOR loss, 0 leaves it out.
 
     ``counts`` of one number with probability 1 is a fixed-count baseline: same data, same steps.
     """
@@ -138,6 +140,7 @@ class FlexRun:
     rate: float | None = None
     tower_rate: float | None = None
     questions: int = 8
+    easy_vqa: bool = False
     prior: float = 0.0
     reference: str | None = None
     loss_weighting: str = "token"
@@ -199,7 +202,8 @@ def train_tokenflex(run: FlexRun, callbacks: Iterable[Any] = ()) -> Path:
     )  # fmt: skip
     if run.data is None:
         length = run.steps * run.batch * run.accumulate * arguments.world_size
-        dataset: Any = SceneChats(run.seed + 1, length, questions=run.questions)
+        pairs = easy_vqa_pairs() if run.easy_vqa else None
+        dataset: Any = SceneChats(run.seed + 1, length, questions=run.questions, pairs=pairs)
     else:
         assert run.images is not None
         dataset = JsonChats(run.data, run.images)
