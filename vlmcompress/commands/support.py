@@ -14,6 +14,8 @@ each prompt alone, and one image, the batch, two images and a video, with fused 
 and in a second turn give the logits (within 1e-4) of the same model on the full sequence, dropped tokens hidden by a mask,
 without a cache (`make test-matrix` runs all of it). Methods that finish before the language model (marked ○) also work
 with static and quantised caches, with a compiled decoding step and with prompt lookup; the others need the default cache.
+Linears whose weights torchao or bitsandbytes quantised (8 or 4 bits) serve methods of every stage
+(`tests/unit/test_quantised.py`).
 This page is what `vlmcompress methods --support > docs/support.md` prints.
 """
 

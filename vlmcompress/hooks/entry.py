@@ -52,6 +52,8 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         if picked is None:
             view, place = _places_of(vision)
             picked = rows[view.clamp_min(0), place.clamp_min(0)]
+        if not picked.shape[1]:
+            picked = rows[:1, :1]  # quantised Linears may not take nothing; what becomes of it is left out behind
         vision.selection.features = None  # from here on they are rows of the projector
         return (adapter.projector_input(picked.to(rows.dtype), args[0]), *args[1:])
 
@@ -176,7 +178,7 @@ def _table(
     if real is not None:
         # padding and newlines land in one spare row behind the table
         target = torch.where(real, target, views * cells)
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.reshape(-1, rows.shape[-1])[: target.numel()]
     table = flat.new_full((views * cells + 1, flat.shape[-1]), fill).index_copy(0, target.flatten(), flat)
     return table[:-1].view(views, cells, -1)
 

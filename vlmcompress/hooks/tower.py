@@ -277,7 +277,7 @@ def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
     """[V, n] fp32 logits of the CLS query in the layer behind ``index``, from its input ``hidden``; mean over heads."""
     norm, linear = adapter.tower_norm(index + 1), adapter.tower_projections(index + 1)
     heads, prefix = adapter.tower_heads, adapter.tower_prefix
-    plain = type(linear["q"]) is nn.Linear and type(linear["k"]) is nn.Linear and type(norm) is nn.LayerNorm
+    plain = type(norm) is nn.LayerNorm and all(_holds_numbers(linear[name]) for name in ("q", "k"))
     # weights of an offloaded model, or of one on several devices, are where they belong only while their module runs
     plain = plain and norm.weight.device == linear["q"].weight.device == hidden.device
     if plain and not adapter.tower_qk_norm:
@@ -291,6 +291,11 @@ def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
     q, k, _ = adapter.split_qkv(index + 1, {"q": linear["q"](x[:, :1]), "k": k, "v": k})
     logits = torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
     return logits.to(hidden.device)
+
+
+def _holds_numbers(module: nn.Module) -> bool:
+    """Whether this is a stock Linear with an ordinary weight: torchao leaves the module and exchanges the tensor."""
+    return type(module) is nn.Linear and type(module.weight.data) is Tensor
 
 
 def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> Tensor:
