@@ -7,8 +7,11 @@ from models import prompts, tiny_llava
 from models_next import SIZES, prompts_next, tiny_next
 from models_qwen import prompts_qwen, tiny_qwen
 from models_tiles import FAMILIES as TILED
+from models_tiles import Family
 from models_tiles import prompts as prompts_tiles
 from models_video import prompts_video, tiny_onevision
+
+from vlmcompress import flex
 
 #: what goes to ``get_image_features``
 DOOR = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
@@ -39,6 +42,15 @@ def qwen2_5_vl():
 
 def qwen3_vl():
     return tiny_qwen(family="qwen3_vl"), prompts_qwen([[3, (4, 6), 5]], family="qwen3_vl"), (1, 8, 12)
+
+
+def flexible(family: str):
+    """The same with a TokenFLEX projector, and a prompt with a place for every patch."""
+    model, inputs, shape = CASES[family]()
+    flex.install(model, counts=(4, 9))
+    if family == "internvl":  # no pixel shuffle any more
+        inputs = prompts_tiles(Family(TILED[family].build, tokens=64, tiled=True), model, [[3, (2, 1), 5]])
+    return model, inputs, shape
 
 
 CASES = {case.__name__: case for case in (llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl)}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmcompress import compress
+from vlmcompress import compress, flex
 from vlmcompress.serving.encode import Encoder, content_part, unpacked
 
 
@@ -87,6 +87,24 @@ def test_the_number_may_follow_from_what_the_image_shows(tiny_folder):
     encoder = Encoder.from_pretrained(str(tiny_folder), "token-correlation")
     plain, busy = Image.new("RGB", (48, 48), "red"), noise(48, 48)
     assert len({len(tokens) for tokens in encoder([plain, busy])}) == 2
+
+
+@pytest.mark.parametrize("keep", [4, 9, 36])
+def test_a_flexible_projector_makes_any_number(tiny_folder, tmp_path, keep):
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tiny_folder).eval(),
+        AutoProcessor.from_pretrained(tiny_folder),
+    )
+    flex.install(model, counts=(4, 9))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = noise(60, 90)
+    (tokens,) = Encoder.from_pretrained(str(tmp_path), "tokenflex", keep=keep)([image])
+    with torch.no_grad():
+        model.model.multi_modal_projector.num_image_tokens = keep
+        pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+        (expected,) = model.model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=0)
 
 
 def test_families_counted_by_grid_are_refused():

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serving.cases import CASES
+from matrix.cells import OPTIONS
+from serving.cases import CASES, flexible
 
-from vlmcompress import compress
+from vlmcompress import compress, methods, quecc
 from vlmcompress.method import create
 from vlmcompress.serving.counting import TokenCounter
-from vlmcompress.serving.settings import Settings
+from vlmcompress.serving.settings import Settings, check_projector
 
 
 def config_with(entry) -> SimpleNamespace:
@@ -84,6 +85,36 @@ def test_methods_that_cannot_be_served_name_one_that_can(family, method, options
     model, _, _ = CASES[family]()
     with pytest.raises(ValueError, match=words):
         TokenCounter(model.config, create(method, **options))
+
+
+#: with the options of the support matrix; the others act inside the language model, read the question or look first
+SERVED = {
+    "centerclip", "flowcut", "grid", "none", "pool", "random", "resize", "todre", "tokenflex", "tome", "tower-cls", "vtc-cls",
+}  # fmt: skip
+REFUSAL = r"'[\w-]+' (cannot be served.*; .* works.*|keeps no token.*; send prompts without images)\.$"
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_is_served_or_names_what_works(method):
+    model, _, shape = flexible("llava") if method.startswith("tokenflex") else CASES["llava"]()
+    if method in SERVED:
+        assert 1 <= TokenCounter(model.config, create(method, **OPTIONS[method]))(*shape) <= 36
+        return
+    with pytest.raises(ValueError, match=REFUSAL):
+        TokenCounter(model.config, create(method, **OPTIONS[method]))
+
+
+def test_trained_projectors_need_their_method():
+    model, _, _ = flexible("llava")
+    with pytest.raises(ValueError, match=r'say {"vlmcompress": {"method": "tokenflex", "keep": 9}}'):
+        check_projector(model.config, None)
+    check_projector(model.config, Settings.of(config_with({"method": "tokenflex", "keep": 9})))
+    other, _, _ = CASES["llava"]()
+    check_projector(other.config, None)
+    quecc.install(other, tokens=4)
+    for settings in (None, Settings.of(config_with({"method": "grid"}))):
+        with pytest.raises(ValueError, match=r"reads the question.*TokenFLEX projector can"):
+            check_projector(other.config, settings)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from serving.cases import CASES, LLAVA_ONLY, METHODS, given_of
+from serving.cases import CASES, LLAVA_ONLY, METHODS, flexible, given_of
 
 from vlmcompress import compress
 from vlmcompress.method import create
@@ -44,10 +44,30 @@ def fed(model, inputs, method: str, options: dict) -> torch.Tensor:
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_tokens_are_those_of_the_compressed_model(family, method):
     model, inputs, shape = CASES[family]()
-    options = OPTIONS[method]
+    check(model, given_of(inputs, family), inputs, shape, method, OPTIONS[method])
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tokenflex", {"keep": 9}),
+        ("tokenflex", {"keep": 4, "per_view": True}),
+        ("tokenflex", {"keep": 0.5}),
+        ("vtc-cls", {"keep": 10, "newlines": False}),
+        ("none", {}),
+    ],
+)
+def test_tokens_of_a_flexible_projector(family, method, options):
+    model, inputs, shape = flexible(family)
+    check(model, given_of(inputs, family), inputs, shape, method, options)
+
+
+def check(model, given: dict, inputs: dict, shape: tuple[int, ...], method: str, options: dict) -> None:
+    """The encoder makes what the compressed model feeds, and the counter knows how many."""
     expected = fed(model, inputs, method, options)
     encoder = VisualEncoder(half_of(model), create(method, **options))
-    (tokens,) = encoder(given_of(inputs, family))
+    (tokens,) = encoder(given)
     width = model.config.get_text_config().hidden_size
     torch.testing.assert_close(tokens[:, :width], expected, atol=1e-6, rtol=0)
     assert TokenCounter(model.config, create(method, **options))(*shape) == len(tokens)

@@ -28,23 +28,33 @@ from rich.table import Table
 from ..serving.load import Load, run
 from .bench import result_path
 
-SCHEMA = "vlmcompress.bench-serve/1"
+SCHEMA = "vlmcompress.bench-serve/2"
 KEEP, METHOD = 0.25, "vtc-cls"
 CLIENTS = (1, 16, 64)
-#: the least that compression must gain in requests per second at the most clients
-TARGET = 2.0
+#: requests that a number of clients sends in all, at least
+LEAST = 8
+#: the least that compression must gain in requests per second at the most clients, by the kind of device
+TARGETS = {"cpu": 2.0, "cuda": 2.2}
 NAME = "served"
 #: seconds that a server may take to start
 PATIENCE = 1800
 
-SHAPE = (
-    "LLaVA-1.5's layout at 336 px (576 visual tokens), random weights: tower 4 layers × 256, Llama 8 layers × 1024; the tower "
-    "is 4 % of a prompt's FLOPs, as in LLaVA-1.5-7B"
-)
+
+def shapes(device: str) -> dict[str, Any]:
+    """What is served, in words, and its configuration."""
+    from ..eval import limit, presets
+
+    if device != "cpu":
+        return {"LLaVA-1.5-7B, random weights": presets.load_config("llava-1.5-7b")}
+    share = (
+        "the same with a tower of 4 layers × 256 and a Llama of 8 layers × 1024: the tower is 4 % of a prompt's FLOPs, as in "
+        "LLaVA-1.5-7B"
+    )
+    return {limit.CPU_SHAPE: limit.cpu_shape(), share: thin_tower()}
 
 
-def serve_config() -> Any:
-    """Configuration of the model that is served; its heads have 64 channels, which vLLM's CPU kernels know."""
+def thin_tower() -> Any:
+    """LLaVA-1.5's layout at 336 px; heads have 64 channels, which vLLM's CPU kernels know."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
@@ -53,27 +63,29 @@ def serve_config() -> Any:
     )  # fmt: skip
     text = LlamaConfig(
         hidden_size=1024, intermediate_size=2752, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=1024, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=1024,
     )  # fmt: skip
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=576)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=4)
 
 
-def write_model(folder: Path) -> Path:
-    """A folder with that model and a processor whose words are numbers."""
+def write_model(config: Any, folder: Path) -> Path:
+    """A folder with a random model in bfloat16 and a processor whose words are numbers."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
+        AutoModelForImageTextToText,
         CLIPImageProcessor,
-        LlavaForConditionalGeneration,
         LlavaProcessor,
         PreTrainedTokenizerFast,
     )
 
     torch.manual_seed(0)
-    config = serve_config()
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = {word: i for i, word in enumerate([*specials, *map(str, range(config.text_config.vocab_size - 5))])}
+    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = {str(i): i for i in range(config.text_config.vocab_size)}
+    specials = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": config.image_token_id}
+    for word, i in specials.items():
+        del words[str(i)]
+        words[word] = i
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -84,11 +96,12 @@ def write_model(folder: Path) -> Path:
         "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}"
         "{% else %}<image>{% endif %}{% endfor %}{% endfor %}"
     )
-    edge = config.vision_config.image_size
+    vision = config.vision_config
+    edge = vision.image_size
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
-        tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=template,
+        tokenizer=tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -150,44 +163,52 @@ def reason_in(log: str) -> str:
     return found[1].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
 
 
-def bench_serve(
-    out: Path, rounds: int, device: str, *, clients: tuple[int, ...] = CLIENTS, model: str | None = None
-) -> dict[str, Any]:
+def bench_serve(out: Path, rounds: int, device: str, *, clients: tuple[int, ...] = CLIENTS) -> dict[str, Any]:
     """Measure, print, and write ``out/serve-DEVICE-torchVERSION.json``.
 
-    ``rounds``: requests that every client sends, one after the other. Both servers run throughout; the idle one sleeps.
+    ``rounds``: requests that every client sends, one after the other (few clients send more, ``LEAST`` in all). Both
+    servers of a shape run throughout; the idle one sleeps.
     """
     from ..eval import results
     from ..eval.store import write_json
 
     engine, path = _vllm_version(), result_path(out, "serve", device)
-    flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}']
+    flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}', "--dtype", "bfloat16"]
     if device == "cpu":
-        flags += ["--dtype", "float32", "--enforce-eager"]
-    entry = {"method": METHOD, "keep": KEEP}
+        flags.append("--enforce-eager")
+    report = {
+        "schema": SCHEMA,
+        "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
+        "environment": {**results.environment(device), "vllm": engine},
+        "flags": flags,
+        "entry": {"method": METHOD, "keep": KEEP},
+        "load": asdict(Load(0, rounds)) | {"clients": list(clients), "requests_at_least": LEAST},
+        "target": {"gain": TARGETS[device.partition(":")[0]], "clients": max(clients)},
+        "shapes": [_shape(words, config, flags, clients, rounds) for words, config in shapes(device).items()],
+    }
+    write_json(path, report)
+    for shape in report["shapes"]:
+        Console().print(table(shape))
+    Console().print(f"Written: {path}", highlight=False)
+    return report
+
+
+def _shape(words: str, config: Any, flags: list[str], clients: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Both servers of one shape under load. ``promise``: by how much one prompt's FLOPs shrink, tower inside."""
+    from ..eval import truesize
+
+    entry, load = {"method": METHOD, "keep": KEEP}, Load(1, rounds)
+    counted = truesize.count(config, METHOD, {"keep": KEEP}, image=(load.edge, load.edge), text_tokens=load.words)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        name = model or str(write_model(home / "model"))
+        name = str(write_model(config, home / "model"))
         with (
             served(name, None, flags, home / "uncompressed.log") as plain,
             served(name, entry, flags, home / "compressed.log") as small,
         ):
             rows = asyncio.run(_levels({"uncompressed": plain, "compressed": small}, clients, rounds))
-    report = {
-        "schema": SCHEMA,
-        "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
-        "environment": {**results.environment(device), "vllm": engine},
-        "shape": SHAPE if model is None else model,
-        "flags": flags,
-        "entry": entry,
-        "load": asdict(Load(0, rounds)) | {"clients": list(clients)},
-        "target": {"requests_per_second": TARGET, "clients": max(clients)},
-        "levels": rows,
-    }
-    write_json(path, report)
-    Console().print(table(report))
-    Console().print(f"Written: {path}", highlight=False)
-    return report
+    promise = counted.uncompressed.full / counted.compressed.full
+    return {"shape": words, "parameters": counted.parameters, "promise": promise, "levels": rows}
 
 
 def _vllm_version() -> str:
@@ -204,21 +225,23 @@ async def _levels(addresses: dict[str, str], clients: tuple[int, ...], rounds: i
     for number, count in enumerate(clients):
         row: dict[str, Any] = {"clients": count}
         for kind, address in addresses.items():
-            row[kind] = await run(address, NAME, Load(count, rounds, seed=number * 10**5))
+            each = max(rounds, -(-LEAST // count))
+            row[kind] = await run(address, NAME, Load(count, each, seed=number * 10**5))
         gain = row["compressed"]["requests_per_second"] / row["uncompressed"]["requests_per_second"]
         rows.append({**row, "gain": gain})
     return rows
 
 
-def table(report: dict[str, Any]) -> Table:
-    """The numbers of a report, two lines per number of clients."""
-    made = Table(box=box.SIMPLE_HEAD, title=report["shape"], title_justify="left")
+def table(shape: dict[str, Any]) -> Table:
+    """The numbers of one shape, two lines per number of clients."""
+    title = f"{shape['shape']}; FLOPs of a prompt: {shape['promise']:.2f} times fewer"
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in (
         "clients", "", "requests/s", "first token, ms p50", "p99", "between tokens, ms p50", "p99", "KV blocks at most",
         "preemptions",
     ):  # fmt: skip
         made.add_column(column, justify="right")
-    for row in report["levels"]:
+    for row in shape["levels"]:
         for kind in ("uncompressed", "compressed"):
             found = row[kind]
             first, gaps = found["first_token_ms"], found["between_tokens_ms"] or {"p50": 0.0, "p99": 0.0}

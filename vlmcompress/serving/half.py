@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ _SMALL = {
 
 
 def shell_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of ``config`` whose language model has no layer and a vocabulary of one."""
+    """A copy of ``config`` whose language model has no layer and a vocabulary of one.
+
+    A flexible projector makes a token of every patch there: how many are fed is the method's choice, not a prompt's.
+    """
     shell = copy.deepcopy(config)
     text = shell.get_text_config()
     for name, value in {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 1, "pad_token_id": None}.items():
@@ -29,6 +33,8 @@ def shell_config(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in ("vlmcompress", "quantization_config"):
         if hasattr(shell, name):
             delattr(shell, name)
+    if getattr(shell, "tokenflex", None):
+        shell.tokenflex = {**shell.tokenflex, "num_image_tokens": prod(flex.patch_grid(shell.vision_config))}
     return shell
 
 

@@ -37,7 +37,7 @@ class Load:
     clients: int
     requests: int
     tokens: int = 8
-    words: int = 24
+    words: int = 60
     edge: int = 336
     seed: int = 0
 

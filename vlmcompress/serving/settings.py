@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,19 @@ def check_servable(method: Method, adapter: Adapter, *, counted: bool = True) ->
         else "reads the question, and a server shares an image's tokens between prompts"
     )
     raise ValueError(f"'{method.name}' cannot be served: it {reason}; {NEAREST.get(method.name, _ELSE)}.")
+
+
+def check_projector(config: Any, settings: Settings | None) -> None:
+    """Raise ``ValueError`` for a checkpoint with a trained projector of ours that these settings cannot serve."""
+    if getattr(config, "quecc", None):
+        raise ValueError(
+            "This checkpoint cannot be served: its QueCC projector reads the question, and a server shares an image's tokens "
+            "between prompts; one with a TokenFLEX projector can."
+        )
+    entry = getattr(config, "tokenflex", None)
+    if entry and settings is None:
+        example = json.dumps({ENTRY: {"method": "tokenflex", "keep": entry["num_image_tokens"]}})
+        raise ValueError(f"This checkpoint has a TokenFLEX projector, which vLLM's own class lacks; say {example}.")
 
 
 def _exact(method: Method) -> bool:

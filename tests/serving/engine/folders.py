@@ -23,7 +23,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -121,6 +124,7 @@ def internvl(folder: Path) -> Path:
 
 
 QWEN_VISION = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, dict(embed_dim=64, mlp_ratio=2, patch_size=PATCH)),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, dict(
         window_size=4 * PATCH * MERGE, fullatt_block_indexes=[1, 3], patch_size=PATCH,
     )),
@@ -128,6 +132,15 @@ QWEN_VISION = {
         num_position_embeddings=64, deepstack_visual_indexes=[0, 2], patch_size=PATCH,
     )),
 }  # fmt: skip
+
+
+def qwen2_vl(folder: Path) -> Path:
+    old = qwen_processor()
+    processor = Qwen2VLProcessor(
+        image_processor=old.image_processor, tokenizer=old.tokenizer, video_processor=old.video_processor,
+        chat_template=old.chat_template,
+    )  # fmt: skip
+    return _qwen("qwen2_vl", processor, folder)
 
 
 def qwen2_5_vl(folder: Path) -> Path:

@@ -88,6 +88,6 @@ class CompressedInternVL(CompressedVision, InternS1ForConditionalGeneration):
     def _process_vision_input(self, image_input):
         if self.encoder is None or not isinstance(image_input, InternS1ImagePixelInputs):
             return super()._process_vision_input(image_input)
-        cells = self.config.image_seq_length
+        cells = self.encoder.model.config.image_seq_length
         lengths = [n * cells for n in image_input["num_patches"].tolist()]
         return self.encoder({"pixel_values": image_input["pixel_values"], "placeholders": runs(lengths)})

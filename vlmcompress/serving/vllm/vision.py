@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 from ...registry import ADAPTERS
 from ..counting import TokenCounter
 from ..half import vision_half
-from ..settings import Settings
+from ..settings import Settings, check_projector
 from ..tokens import VisualEncoder
 
 #: transformers 5 saves a LLaVA tower under shorter names than the checkpoints of the hub have, which vLLM wants
@@ -42,7 +42,10 @@ class CompressedVision(nn.Module):
         config = vllm_config.model_config.hf_config
         settings = settings_of(config)
         # a server of ready-made embeddings (--limit-mm-per-prompt image=0) loads no tower
-        if settings is None or isinstance(next(iter(self._towers())), StageMissingLayer):
+        if isinstance(next(iter(self._towers())), StageMissingLayer):
+            return
+        check_projector(config, settings)
+        if settings is None:
             return
         half = vision_half(config)
         for name, part in _vision_parts(half).items():
@@ -65,6 +68,11 @@ class CompressedVision(nn.Module):
                 if name.removeprefix("model.").partition(".")[0] not in parts:
                     yield name, tensor
                     continue
+                if tensor.itemsize < 2:
+                    raise ValueError(
+                        f"The checkpoint's {name} is of {tensor.dtype}; what compresses a tower needs it unquantised "
+                        "(the language model may be quantised)."
+                    )
                 home = _home(name.removeprefix("model."), targets)
                 if home is not None:  # else a part that stock transformers does not have either
                     _copy(targets[home], tensor, home)
@@ -74,7 +82,10 @@ class CompressedVision(nn.Module):
         unneeded = {name for name in targets if name not in done and any(part in name for part in _BEHIND)}
         lost = sorted(targets.keys() - done - unneeded - {name for name, _ in self.named_buffers()})
         if lost:
-            raise ValueError(f"The checkpoint lacks {len(lost)} tensors of the tower and the projector, as {lost[0]}.")
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} tensors of the tower and the projector, as {lost[0]} (or has them "
+                "quantised)."
+            )
         return done | unneeded
 
 
