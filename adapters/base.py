@@ -344,6 +344,18 @@ class Adapter:
         embeds = given["inputs_embeds"]
         return (embeds == self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
 
+    #: attributes of :attr:`inner` that a forward pass leaves behind for the next one
+    remembers: ClassVar[tuple[str, ...]] = ()
+
+    def single_frames(self, given: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """Arguments that show one view of the videos in a call of the video door, each as a video of its own."""
+        frames = given["pixel_values_videos"].flatten(0, 1)
+        return [{"pixel_values_videos": frame[None, None]} for frame in frames]
+
+    def prompt_arguments(self, ids: LongTensor) -> dict[str, Tensor]:
+        """What :attr:`model` wants to be told of the prompt ``ids`` [B, S] besides them."""
+        return {}
+
     # support ----------------------------------------------------------------------------------------------------
     @classmethod
     def supports(cls, method: type[Method] | Method) -> tuple[bool, str]:

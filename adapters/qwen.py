@@ -110,6 +110,21 @@ class QwenVLAdapter(Adapter):
     def video_geometry(self, given: dict[str, Any]) -> Layout:
         return self._layout("video", given["video_grid_thw"], given["pixel_values_videos"].device)
 
+    remembers = ("rope_deltas",)
+
+    def single_frames(self, given: dict[str, Any]) -> list[dict[str, Tensor]]:
+        grids = given["video_grid_thw"]
+        alone = grids.repeat_interleave(grids[:, 0], dim=0)
+        alone[:, 0] = 1
+        packs = given["pixel_values_videos"].split(alone.prod(1).tolist())
+        return [
+            {"pixel_values_videos": pack, "video_grid_thw": grid[None]} for pack, grid in zip(packs, alone, strict=True)
+        ]
+
+    def prompt_arguments(self, ids: LongTensor) -> dict[str, Tensor]:
+        config = self.model.config
+        return {"mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()}
+
     def _layout(self, kind: str, grid_thw: LongTensor, device: torch.device) -> Layout:
         merge = self.tower.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]

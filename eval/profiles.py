@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .flops import ModelShape, Profile
@@ -23,7 +24,7 @@ def compressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     if not pairs:
         pairs = [[n * n for n in row] for row in layers] if ledger.tower_tokens else shape.native_pairs(layout)
     found = []
-    for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(ledger), strict=True)):
+    for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(layout, len(samples)), strict=True)):
         own = [(i, image) for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
         found.append(
             Profile(
@@ -59,11 +60,10 @@ def _first(layout: Layout, image: int) -> bool:
     return layout.source.index(layout.source[image]) == image
 
 
-def _views_of_samples(ledger: VisualTokens) -> list[list[int]]:
+def _views_of_samples(layout: Layout, samples: int) -> list[list[int]]:
     """The views whose pass through the tower each sample pays for."""
-    layout, owners = ledger.layout, ledger.layout.view_image.tolist()
-    rows = [layout.sample[layout.source.index(i)] if i in layout.source else None for i in owners]
-    return [[view for view, owner in enumerate(rows) if owner == row] for row in range(len(ledger.samples))]
+    rows = [layout.sample[layout.source.index(i)] if i in layout.source else None for i in layout.view_image.tolist()]
+    return [[view for view, owner in enumerate(rows) if owner == row] for row in range(samples)]
 
 
 def _tower_by_view(shape: ModelShape, ledger: VisualTokens) -> list[list[float]]:
@@ -104,17 +104,21 @@ def cache_entries(ledger: VisualTokens) -> list[list[float]]:
 
 def uncompressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     """What the same samples cost when every token of theirs goes all the way."""
-    native = shape.native_views(ledger.layout)
-    layers, pairs = [list(map(float, native))] * shape.tower.layers, shape.native_pairs(ledger.layout)
-    views, sizes = _views_of_samples(ledger), ledger.layout.view_sizes
-    rows = [whole or n for whole, n in zip(ledger.layout.projected or [0] * len(sizes), sizes, strict=True)]
+    return stock(shape, ledger.layout, [sample.text_tokens for sample in ledger.samples])
+
+
+def stock(shape: ModelShape, layout: Layout, text: Sequence[float]) -> list[Profile]:
+    """The token profile of every sample of a placed ``layout`` in the stock model, ``text`` tokens beside its images."""
+    native = shape.native_views(layout)
+    layers, pairs = [list(map(float, native))] * shape.tower.layers, shape.native_pairs(layout)
+    views, sizes = _views_of_samples(layout, len(text)), layout.view_sizes
+    rows = [whole or n for whole, n in zip(layout.projected or [0] * len(sizes), sizes, strict=True)]
     found = []
-    for sample, mine in zip(ledger.samples, views, strict=True):
-        n = sum(image.n_original for image in sample.images)
+    for row, (words, mine) in enumerate(zip(text, views, strict=True)):
         found.append(
             Profile(
-                visual=(n,) * ledger.n_layers,
-                text=sample.text_tokens,
+                visual=(sum(layout.n[i] for i in _images_of(layout, row)),) * shape.text.layers,
+                text=words,
                 **_tower_sums(layers, pairs, mine),
                 projected=sum(rows[v] for v in mine) + _side_tokens(shape, layers, mine),
             )

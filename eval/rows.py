@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,17 +75,25 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def parse_row(text: str, seeds: Sequence[int] = (0, 1, 2)) -> Row:
     """One row with options of its own: ``"transprune layers=(1,2) fractions=(0.5,0.1)"``.
 
-    A value holds no spaces. A method that draws at random averages ``seeds`` unless the row names one. Raises
+    A value that holds spaces stands in quotes, as Python writes it. A method that draws at random averages ``seeds`` unless the row names one. Raises
     ``ValueError`` in one sentence for an unknown method or option and for values that the method refuses.
     """
     from ..method import create
 
-    name, *pairs = text.split() or [""]
+    name, *pairs = _words(text) or [""]
     options = parse_options(pairs)
     method = create(name, **options).methods[0]
     keep = options.pop("keep", None)
     drawn: tuple[int | None, ...] = tuple(seeds) if hasattr(method, "seed") and "seed" not in options else (None,)
     return Row(name, keep, drawn, options)
+
+
+def _words(text: str) -> list[str]:
+    """``text`` split at spaces that stand outside of quotes; the quotes stay. ``ValueError`` where one is not closed."""
+    quoted = r"""'[^']*'|"[^"]*\""""
+    if not re.fullmatch(rf"""(?:{quoted}|[^'"])*""", text):
+        raise ValueError(f"A quote is opened and not closed in the row {text}")
+    return re.findall(rf"""(?:{quoted}|[^\s'"])+""", text)
 
 
 def plan(

@@ -92,6 +92,18 @@ class Method:
     def check_family(self, adapter: Adapter) -> None:
         """Raise ``ValueError`` in one sentence when this method cannot serve the model behind ``adapter``."""
 
+    # in front of the tower ---------------------------------------------------------------------------------------
+    def asks(self, adapter: Adapter) -> Collection[str]:
+        """What, of "image" and "video", :meth:`ask` wants to see before it passes through the tower."""
+        return ()
+
+    def ask(self, given: dict[str, Any], ids: LongTensor | None, state: dict, equipment: Any) -> None:
+        """Put questions to the model itself, from which everything of this library is off meanwhile.
+
+        ``given``: by name, the arguments of the call that turns the pixels into features; ``ids`` [B, S]: the prompt's
+        (None where it came as embeddings); ``equipment``: what :meth:`equip` gave.
+        """
+
     # TOWER ------------------------------------------------------------------------------------------------------
     def resolution(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Patch grid (rows, columns) to which every view is shrunk before the tower; ``None`` leaves the pixels."""

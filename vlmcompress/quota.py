@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores for QuoTA: how well each frame of a video serves a question, asked of a vision-language model (2503.08689).
 
-The prompts are ours; the released wording can be passed in where scores have to be reproduced.
+Here for any model, beforehand; :mod:`vlmcompress.quota_model` asks the model that is being compressed, during the call. The
+prompts are ours; the released wording can be passed in where scores have to be reproduced.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def parse_objects(reply: str) -> list[str] | None:
         items = last[1].split(",")
     cleaned = [item.strip().strip("'\"").strip() for item in items if isinstance(item, str)]
     return list(dict.fromkeys(item for item in cleaned if item)) or None
+
+
+def scoring_question(question: str, objects: Sequence[str] | None, any_of: str = ANY_OF, enough: str = ENOUGH) -> str:
+    """What a frame is asked: ``any_of`` with the ``objects``, or ``enough`` with the ``question`` where there are none."""
+    if objects:
+        return any_of.replace("{objects}", ", ".join(objects))
+    return enough.replace("{question}", without_options(question))
 
 
 def decoupled(ask: Callable[[str], str], question: str, *, prompt: str = DECOUPLE) -> list[str] | None:
@@ -119,11 +127,7 @@ class FrameScorer:
         ``objects``: what :func:`decoupled` found; without it the question itself is put. The softmax runs in fp32 over
         the whole vocabulary at the last place of the left-padded prompt.
         """
-        if objects:
-            asked = self.any_of.format(objects=", ".join(objects))
-        else:
-            asked = self.enough.format(question=without_options(question))
-        prompt = self.template(asked)
+        prompt = self.template(scoring_question(question, objects, self.any_of, self.enough))
         first: dict[Any, int] = {}
         number = [first.setdefault(_content(frame), len(first)) for frame in frames]
         distinct = [frames[number.index(i)] for i in range(len(first))]

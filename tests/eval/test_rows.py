@@ -19,6 +19,12 @@ def test_a_row_carries_its_own_options():
     assert row.key == "transprune-direction=abs-fractions=(0.5,0.1)-layers=(1,2)"
 
 
+def test_a_quoted_value_holds_spaces():
+    row = parse_row(r"""quota keep=0.5  any_of='is there a {objects} ?' enough="it's: {question}" decouple=r'(\w+)$'""")
+    assert row.keep == 0.5
+    assert row.options == {"any_of": "is there a {objects} ?", "enough": "it's: {question}", "decouple": r"(\w+)$"}
+
+
 def test_keep_and_seeds_of_a_row():
     assert parse_row("mustdrop keep=0.25 key_rate=0.02") == Row("mustdrop", 0.25, (None,), {"key_rate": 0.02})
     assert parse_row("random keep=9", seeds=range(2)).seeds == (0, 1)
@@ -35,6 +41,7 @@ def test_keep_and_seeds_of_a_row():
         ("grid colour=3", "no option 'colour'"),
         ("grid keep", "An option is NAME=VALUE, not 'keep'"),
         ("grid keep=0", "keeps nothing"),
+        ("quota any_of='is there", "A quote is opened and not closed"),
         ("transprune layers=(1,2) fractions=(0.1,0.5)", "never grow"),
     ],
 )

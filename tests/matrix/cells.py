@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "output-cache": {"first": 1},
     "pool": {"keep": 0.3},
-    "quota": {"keep": 0.3},
+    "quota": {"keep": 0.3, "scores": "even"},
     "random": {"keep": 0.3},
     "resize": {"keep": 0.3},
     "todre": {"keep": 0.3, "pivot": "center"},

@@ -132,11 +132,11 @@ def test_released_rounding_loses_tokens():
 @torch.no_grad()
 def test_merged_frames_are_scored_by_their_mean():
     tokens = type("Tokens", (), {"layout": type("Layout", (), {"kind": ["video"]})})
-    assert QuoTA(scores=(P,)).scores_of(tokens, 0, 2).tolist() == pytest.approx([0.5, 0.305])
+    assert QuoTA(scores=(P,)).scores_of(tokens, 0, 2, {}).tolist() == pytest.approx([0.5, 0.305])
     with pytest.raises(ValueError, match="4 scores for a video of 3"):
-        QuoTA(scores=(P,)).scores_of(tokens, 0, 3)
+        QuoTA(scores=(P,)).scores_of(tokens, 0, 3, {})
     with pytest.raises(ValueError, match="scores of 0 videos"):
-        QuoTA(scores=()).scores_of(tokens, 0, 3)
+        QuoTA(scores=()).scores_of(tokens, 0, 3, {})
 
 
 def test_bad_options():

@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Wiring:
         self._tower_lock = threading.Lock()
         self._equipment = {id(m): m.equip(adapter) for m in method.methods}
         self._before = method.at(Stage.TOWER, Stage.ENTRY)
+        self._asking = {kind: [m for m in self._before if kind in m.asks(adapter)] for kind in adapter.doors}
         # some methods cut inside the language model on some families only
         self._prefill = [m for m in method.at(Stage.PREFILL) if m.cut_layers(adapter)]
         self._cache = method.at(Stage.CACHE)
@@ -50,6 +53,7 @@ class Wiring:
         self._signatures = {m: inspect.signature(m.forward) for m in (model, adapter.inner)}
         self._hooks: list[Any] = []
         watches = self._layerwise or any(m.tower_layers(adapter) for m in self._before)
+        self._reads_prompt = adapter.reads_prompt or any(self._asking.values())
         self._layer_watcher = method.name if watches else None
         inside = self._layerwise or any(m.reads_first_layer for m in self._before)
         self._evicting = method.name if inside else None
@@ -73,16 +77,18 @@ class Wiring:
     def install(self) -> None:
         """Put the hooks on."""
 
+        hook = self._unless_aside
+
         def add(module: nn.Module, before, after=None) -> None:
-            self._hooks.append(module.register_forward_pre_hook(_eager(before), with_kwargs=True))
+            self._hooks.append(module.register_forward_pre_hook(hook(before), with_kwargs=True))
             if after is not None:
                 self._hooks.append(
-                    module.register_forward_hook(_eager(after), with_kwargs=True, always_call=True, prepend=True)
+                    module.register_forward_hook(hook(after), with_kwargs=True, always_call=True, prepend=True)
                 )
 
         for kind, door in self.adapter.doors.items():
             self._open_door(kind, door)
-        if self.adapter.reads_prompt:
+        if self._reads_prompt:
             self._note_prompts()
         add(self.model, self._before_model, self._after_model)
         add(self.adapter.inner, self._before_inner, self._after_inner)
@@ -90,11 +96,11 @@ class Wiring:
         if not self._layerwise:
             return
         for index, layer in enumerate(self.adapter.decoder_layers):
-            self._hooks.append(layer.register_forward_pre_hook(_eager(self._before_layer(index)), with_kwargs=True))
-            self._hooks.append(layer.register_forward_hook(_eager(self._after_layer(index)), prepend=True))
+            self._hooks.append(layer.register_forward_pre_hook(hook(self._before_layer(index)), with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(hook(self._after_layer(index)), prepend=True))
             for method in self._prefill:
                 if index in method.watch_layers(self.adapter):
-                    self._hooks += watch_parts(layer, index, method, lambda: self._watching, _eager)
+                    self._hooks += watch_parts(layer, index, method, lambda: self._watching, hook)
 
     def remove(self) -> None:
         """Take everything off."""
@@ -103,8 +109,31 @@ class Wiring:
         self._hooks.clear()
         for door in self.adapter.doors.values():
             del self.adapter.inner.__dict__[door]
-        if self.adapter.reads_prompt:
+        if self._reads_prompt:
             del self.model.__dict__["generate"]
+
+    @property
+    def _is_aside(self) -> bool:
+        return getattr(self._local, "aside", False)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The stock model for this thread: nothing of ours acts or is written down, and no trace of a call remains."""
+        inner = self.adapter.inner
+        left = {name: getattr(inner, name) for name in self.adapter.remembers}
+        self._local.aside = True
+        try:
+            yield
+        finally:
+            self._local.aside = False
+            for name, value in left.items():
+                setattr(inner, name, value)
+
+    def _unless_aside(self, hook: Callable) -> Callable:
+        def outer(*args: Any):
+            return None if self._is_aside else hook(*args)
+
+        return _eager(outer)
 
     @property
     def _run(self) -> Run | None:
@@ -146,6 +175,8 @@ class Wiring:
 
         @functools.wraps(stock)
         def generate(*args: Any, **kwargs: Any):
+            if self._is_aside:
+                return stock(*args, **kwargs)
             given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
             given = {**given.get("kwargs", {}), "inputs": given.get("inputs")}
             self._local.prompt = self.adapter.prompt_of(given, cache_of(given))
@@ -159,12 +190,22 @@ class Wiring:
     @property
     def _prompt(self) -> dict[str, Any]:
         """What is known of the prompt while a door is open."""
-        if not self.adapter.reads_prompt:
+        if not self._reads_prompt:
             return {}
         given = getattr(self._local, "given", None)
         if given is not None:
             return self.adapter.prompt_of(given, None)
         return getattr(self._local, "prompt", None) or {}
+
+    @contextmanager
+    def _in_tower(self) -> Iterator[None]:
+        """One thread at a time: hooks of one pass must not see another thread's images."""
+        with self._tower_lock:
+            self._local.inside_door = True
+            try:
+                yield
+            finally:
+                self._local.inside_door = False
 
     def _open_door(self, kind: str, name: str) -> None:
         """Stand in for one feature method of this model object (``generate`` calls it ahead of the forward pass)."""
@@ -176,20 +217,23 @@ class Wiring:
         def features(*args: Any, **kwargs: Any):
             if getattr(self._local, "inside_door", False):  # some families send videos on through the image door
                 return stock(*args, **kwargs)
+            if self._is_aside:
+                with self._in_tower():
+                    return stock(*args, **kwargs)
             given = {**inspect.signature(stock).bind_partial(*args, **kwargs).arguments}
             given.update(given.pop("kwargs", {}))
             given = {**self._prompt, **named_pixels(given, PIXELS[kind])}
             vision = Vision(geometry(given), pixel_values=self.adapter.pixels(given))
-            # hooks of one pass must not see another thread's images
-            with self._tower_lock:
-                self._local.inside_door = True
+            for method in self._asking[kind]:
+                with self._aside():
+                    method.ask(given, given.get("input_ids"), vision.state(method), self._equipment[id(method)])
+            with self._in_tower():
                 try:
                     if self._before:
                         watch_tower(vision, self._before, self.adapter)
                         watch_projector(vision, self._before, self.adapter)
                     result = stock(*args, **kwargs)
                 finally:
-                    self._local.inside_door = False
                     vision.release()
             self._visions[kind] = vision
             return result

@@ -7,8 +7,9 @@ arXiv 2503.08689. The released code has no licence; this is written from the pap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,12 +29,17 @@ from ..ops.frames import (
 )
 from ..ops.select import fit_grid, largest_remainder
 from ..pooled import pooled_views, rectangles
+from ..quota import ANY_OF, ENOUGH
+from ..quota_model import ModelScorer, processor_of
 from ..registry import register_method
 from ..views import EntryTokens, Selection
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
+    from ..dtypes import LongTensor
 
+#: all frames weigh the same
+EVEN = "even"
 #: scores of the frames of one video, or what gives them for its pixels [frames, ...]
 Scores = Sequence[Sequence[float]] | Callable[[Tensor | None], Sequence[float]]
 
@@ -43,9 +49,11 @@ Scores = Sequence[Sequence[float]] | Callable[[Tensor | None], Sequence[float]]
 class QuoTA(Method):
     """Resize every frame of a video to its share of the budget; frames without a share leave.
 
-    A frame's share is its score, squared, over the sum of all. Scores are made beforehand, by
-    :class:`vlmcompress.quota.FrameScorer` with the model itself or a smaller one, or by anything else that tells how
-    well a frame serves the question. Without scores all frames weigh the same.
+    A frame's share is its score, squared, over the sum of all. By default the model itself gives it, during the call and
+    with nothing of this library on: it is shown every frame alone and asked whether that serves the question of the
+    prompt (:class:`vlmcompress.quota_model.ModelScorer`). Or scores are made beforehand, by
+    :class:`vlmcompress.quota.FrameScorer` with a smaller model, or by anything else that tells how well a frame serves the
+    question.
 
     Differs from the official code: no token of the budget is lost to rounding or to the shape of grids, what a frame
     cannot hold goes to the others, and a frame never grows beyond the grid that the model itself would feed (the code
@@ -54,7 +62,14 @@ class QuoTA(Method):
 
     Args:
         keep: tokens per video, or their share; newlines do not count.
-        scores: per video of the call the scores of its frames, each in [0, 1]; or a function of its pixels.
+        scores: None for the model's own; per video of the call the scores of its frames, each in [0, 1]; a function of its
+            pixels; or "even".
+        processor: of the model, for its own scores; None: the one beside its weights.
+        letter: the answer that means yes, one token, whose probability is the score.
+        any_of, enough: what a frame is asked, with a list of ``{objects}`` and with the ``{question}`` itself; None for
+            :data:`vlmcompress.quota.ANY_OF` and :data:`vlmcompress.quota.ENOUGH`.
+        decouple: True lets the model list the objects first; a regular expression takes its groups in the question for
+            them.
         version: how frames are resized: "v1" bilinear, "v2" average pooling, "v3" evenly spaced tokens, "v4" merging, "v5"
             merging inside rows, then columns.
         exponent: of the scores.
@@ -62,7 +77,12 @@ class QuoTA(Method):
     """
 
     keep: int | float = 12544
-    scores: Scores | None = None
+    scores: Scores | str | None = None
+    processor: Any = field(default=None, repr=False, compare=False)
+    letter: str = "A"
+    any_of: str | None = None
+    enough: str | None = None
+    decouple: bool | str = False
     version: str = "v1"
     exponent: float = 2.0
     rounding: str = "exact"
@@ -81,7 +101,12 @@ class QuoTA(Method):
             raise ValueError(f"rounding is 'exact' or 'truncate', not {self.rounding!r}.")
         if self.exponent <= 0:
             raise ValueError(f"exponent is a positive number, not {self.exponent}.")
-        if self.scores is not None and not callable(self.scores):
+        if isinstance(self.decouple, str):
+            _check_pattern(self.decouple)
+        if isinstance(self.scores, str):
+            if self.scores != EVEN:
+                raise ValueError(f"scores is numbers, a function, 'even' or None, not {self.scores!r}.")
+        elif self.scores is not None and not callable(self.scores):
             if any(isinstance(row, (int, float)) for row in self.scores):
                 raise ValueError("scores has one sequence of numbers for each video, even where there is one video.")
             object.__setattr__(self, "scores", tuple(tuple(map(float, row)) for row in self.scores))
@@ -89,11 +114,37 @@ class QuoTA(Method):
     def check_family(self, adapter: Adapter) -> None:
         if adapter.tiled and "video" not in adapter.doors:
             raise ValueError("'quota' splits a budget over the frames of a video, and this family takes tiled images.")
+        self.equip(adapter)
 
     def options(self) -> dict[str, Any]:
-        """The hyper-parameters; a function is not among them, as it cannot be saved."""
-        fields = ("keep", "scores", "version", "exponent", "rounding")
-        return {name: getattr(self, name) for name in fields if name != "scores" or not callable(self.scores)}
+        """The hyper-parameters; a function and the processor are not among them, as they cannot be saved."""
+        unsaved = {"processor", *(["scores"] if callable(self.scores) else [])}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
+
+    def asks(self, adapter: Adapter) -> Collection[str]:
+        return () if self.scores is not None else ("video",)
+
+    def equip(self, adapter: Adapter) -> ModelScorer | None:
+        """What asks the model itself; None where it is not to be asked, or has no processor to ask it with."""
+        if self.scores is not None or "video" not in adapter.doors:
+            return None
+        processor = self.processor if self.processor is not None else processor_of(adapter.model)
+        if processor is None:
+            return None
+        return ModelScorer(
+            adapter, processor, any_of=self.any_of or ANY_OF, enough=self.enough or ENOUGH, letter=self.letter,
+            decouple=self.decouple,
+        )  # fmt: skip
+
+    def ask(self, given: dict[str, Any], ids: LongTensor | None, state: dict, equipment: ModelScorer | None) -> None:
+        if equipment is None:
+            raise ValueError(
+                "'quota' lets the model itself score the frames of a video, and there is no processor beside its weights "
+                "to ask it with; pass processor=, scores= or scores='even'."
+            )
+        if ids is None:
+            raise ValueError("'quota' reads the question from input_ids; pass them instead of embeddings, or scores=.")
+        state["p"], state["flops"] = equipment(given, ids)
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
         layout = tokens.layout
@@ -106,14 +157,14 @@ class QuoTA(Method):
         ranking = torch.zeros(len(owner), device=tokens.rows.device)
         for image, budget in enumerate(budgets):
             mine = [v for v, i in enumerate(owner) if i == image]
-            p = self.scores_of(tokens, image, len(mine))
+            p = self.scores_of(tokens, image, len(mine), state)
             ranking[mine] = p.float().to(ranking.device)
             shares = self.counts(p, budget, [boxes[v][0] * boxes[v][1] for v in mine])
             shapes = self.grids(shares, boxes[mine[0]])
             for v, count, grid in zip(mine, shares, shapes, strict=True):
                 counts[v], grids[v] = count, grid
         state["scores"] = tokens.of_views(ranking[:, None].expand(views.shape), fill=float("-inf"))
-        state["flops"] = 8 * tokens.rows.numel()
+        state["flops"] = state.get("flops", 0) + 8 * tokens.rows.numel()
         if self.version in ("v3", "v4"):
             return self._ungridded(tokens, views, counts)
         return pooled_views(
@@ -122,11 +173,16 @@ class QuoTA(Method):
             lambda grid, h, w: resize_frame(grid[0], h * w, self.version, (h, w))[None],
         )
 
-    def scores_of(self, tokens: EntryTokens, image: int, views: int) -> Tensor:
-        """[views] fp64 scores of one video's frames, or of its groups of frames that are merged before the tower."""
-        if self.scores is None or tokens.layout.kind[image] != "video":
+    def scores_of(self, tokens: EntryTokens, image: int, views: int, state: dict) -> Tensor:
+        """[views] fp64 scores of one video's frames, or of its groups of frames that are merged before the tower.
+
+        ``state["p"]``: what :meth:`ask` has found.
+        """
+        if self.scores == EVEN or tokens.layout.kind[image] != "video":
             return torch.ones(views, dtype=torch.float64)
-        if callable(self.scores):
+        if self.scores is None:
+            found = state["p"][image]
+        elif callable(self.scores):
             found = self.scores(tokens.pixels_of(image))
         elif image < len(self.scores):
             found = self.scores[image]
@@ -173,3 +229,13 @@ class QuoTA(Method):
             return selection
         index = selection.keep[..., None].expand(-1, -1, table.shape[-1])
         return Selection(selection.keep, selection.counts, features=tokens.of_views(table).gather(1, index))
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raise ``ValueError`` in one sentence unless ``pattern`` is a regular expression with a group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"decouple is True, False or a regular expression, not {pattern!r} ({error}).") from error
+    if not groups:
+        raise ValueError(f"The groups of decouple's regular expression are the objects, and {pattern!r} has none.")
