@@ -75,8 +75,9 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def parse_row(text: str, seeds: Sequence[int] = (0, 1, 2)) -> Row:
     """One row with options of its own: ``"transprune layers=(1,2) fractions=(0.5,0.1)"``.
 
-    A value that holds spaces stands in quotes, as Python writes it. A method that draws at random averages ``seeds`` unless the row names one. Raises
-    ``ValueError`` in one sentence for an unknown method or option and for values that the method refuses.
+    A value that holds spaces stands in quotes, as Python writes it. A method that draws at random averages ``seeds``
+    unless the row names one. Raises ``ValueError`` in one sentence for an unknown method or option and for values that the
+    method refuses.
     """
     from ..method import create
 
