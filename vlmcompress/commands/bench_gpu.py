@@ -14,7 +14,7 @@ from rich.console import Console
 from .bench import result_path
 from .bench_stages import stage_table
 
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 4, 16, 32)
 NEW_TOKENS = 8
 #: architecture → picture (height, width) and methods, at about a ninth of its visual tokens
 SHAPES: dict[str, tuple[tuple[int, int], dict[str, dict[str, Any]]]] = {

@@ -32,8 +32,8 @@ class FlexStudy:
     counts: tuple[int, ...] = (9, 36, 144)
     probabilities: tuple[float, ...] = (0.2, 0.3, 0.5)
     untrained: tuple[int, ...] = (4, 16, 64)
-    warm_steps: int = 600
-    steps: int = 400
+    warm_steps: int = 1000
+    steps: int = 500
     batch: int = 16
     warm_rate: float = 8e-4
     rate: float = 4e-4
@@ -95,7 +95,7 @@ def run_study(study: FlexStudy, seeds: list[int], folder: Path) -> dict[str, Any
 
 
 def measure(
-    model: Any, folder: Path, study: FlexStudy, samples: dict[str, list[Sample]], batch: int = 64
+    model: Any, folder: Path, study: FlexStudy, samples: dict[str, list[Sample]], batch: int = 256
 ) -> dict[str, dict[str, list[float]]]:
     """Per task and count: what every answer earns, in the order of the samples."""
     from transformers import AutoProcessor

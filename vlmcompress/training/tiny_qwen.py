@@ -61,14 +61,14 @@ class QwenRecipe:
     copy_steps: int = 1500
     copy_batch: int = 16
     copy_rate: float = 1.5e-3
-    answer_steps: int = 1600
-    easy_steps: int = 400
-    batch: int = 12
+    answer_steps: int = 2600
+    easy_steps: int = 500
+    batch: int = 16
     questions: int = 10
     answer_rate: float = 7e-4
     validation_images: int = 96
-    measure_every: int = 200
-    save_every: int = 50
+    measure_every: int = 400
+    save_every: int = 100
     easy_vqa: bool = True
     threads: int | None = field(default=None, compare=False)
 

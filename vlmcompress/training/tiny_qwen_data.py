@@ -75,7 +75,7 @@ def to_patches(frames: torch.Tensor) -> torch.Tensor:
 def grid_of(frames: torch.Tensor) -> torch.Tensor:
     """``grid_thw`` [B, 3] of frames [B, T, 3, H, W]: the grid of patches."""
     b, t, _, h, w = frames.shape
-    return torch.tensor([[max(1, t // FRAMES), h // PATCH, w // PATCH]], device=frames.device).expand(b, -1)
+    return torch.tensor([[max(1, t // FRAMES), h // PATCH, w // PATCH]], device=frames.device).repeat(b, 1)
 
 
 class ViewDataset(Dataset):
