@@ -43,12 +43,12 @@ def _projected(shape: ModelShape, layout: Layout, number: int, image: ImageRecor
     """Rows that the projector takes of one image or video: all, where the model pools behind it, or the chosen ones."""
     if shape.whole_projector:
         return image.n_original
-    owners = layout.view_image.tolist()
+    owners, chosen = layout.view_image.tolist(), int((~image.is_newline[image.kept]).sum())
     if layout.projected and (
         whole := sum(n for n, i in zip(layout.projected, owners, strict=True) if i == layout.source[number])
     ):
-        return whole
-    return int((~image.is_newline[image.kept]).sum())
+        return whole + chosen * layout.chosen_again
+    return chosen
 
 
 def _images_of(layout: Layout, row: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .dtypes import LongTensor
 from .ops.pool import bin_owner, pool_grid
 from .ops.select import even_indices
+from .ops.windows import merge_windows
 from .tokens import Selection
 
 if TYPE_CHECKING:
@@ -74,7 +75,45 @@ def pooled_views(tokens: EntryTokens, target: ViewTarget, pooling: Pooling = poo
         mask[v, there] = True
         home[v, cells] = there[bin_owner(rows, cols, h, w)]
         table[v, there.to(device)] = pooling(tokens.rows[v, cells.to(device)].view(1, rows, cols, -1), h, w)[0]
-    mask, home = mask.to(device), home.to(device)
+    return _of_cells(tokens, mask.to(device), home.to(device), table)
+
+
+def merged_windows(
+    tokens: EntryTokens, window: int, threshold: float, *, shared: bool = False
+) -> tuple[Selection, LongTensor] | None:
+    """Average windows of alike tokens in every view, as the language model would get them, on the grid that they form.
+
+    A mean stands at its window's centre. ``shared``: views of one size merge equally many windows. Returns the selection
+    and, [V, N], the cell that stands for each cell now; None when nothing is alike enough.
+    """
+    layout, device = tokens.layout, tokens.rows.device
+    mask, table = tokens.view_cells(), layout.to_views(tokens.embedded)
+    shapes = list(rectangles(mask.cpu(), layout.view_widths))
+    home = torch.arange(mask.shape[1], device=device).repeat(len(mask), 1)
+    for shape in dict.fromkeys(shape for cells, shape in shapes if len(cells)):
+        mine = [v for v, (_, other) in enumerate(shapes) if other == shape]
+        cells = torch.stack([shapes[v][0] for v in mine]).to(device)
+        views = torch.tensor(mine, device=device)[:, None]
+        merged = merge_windows(table[views, cells], shape, (window, window), threshold, shared=shared)
+        if merged is None:
+            continue
+        holder = merged.keep.gather(1, merged.owner)  # [v, cells] place of the cell that stands for each now
+        home[views, cells] = cells.gather(1, holder)
+        mask[views, cells] = holder == torch.arange(holder.shape[1], device=device)
+        table[views, cells] = merged.hidden.gather(1, merged.owner[..., None].expand(-1, -1, table.shape[-1]))
+    selection = _of_cells(tokens, mask, home, table)
+    if selection.features is None:
+        return None
+    selection.embedded = True
+    return selection, home
+
+
+def _of_cells(tokens: EntryTokens, mask: Tensor, home: LongTensor, table: Tensor) -> Selection:
+    """The cells in ``mask`` [V, N] with the features in ``table`` [V, N, C], newlines of rows that keep one beside them.
+
+    ``home`` [V, N]: the cell that took in every cell, -1 for none.
+    """
+    layout, device = tokens.layout, table.device
     selection = tokens.select_mask(tokens.of_views(mask, fill=False))
     if selection.counts == layout.n:
         return selection

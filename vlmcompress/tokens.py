@@ -40,7 +40,7 @@ class Layout:
 
     ``closing_newline``: one newline ends each video (or image that is not tiled). ``pooling``: how the model pools the
     patches of its tower into the cells of this layout, where it does; ``projected[v]`` is then how many rows of view v
-    pass the projector whatever is chosen (0 or None: only what is chosen).
+    pass the projector whatever is chosen (0 or None: only what is chosen); ``chosen_again``: what is chosen once more.
 
     A layout is *placed* once the prompt is known: ``sample[i]`` is then the batch row, ``column`` [I, n_max] the
     position of each token in the caller's chunk, and ``source[i]`` the image's number among those that the tower saw
@@ -67,6 +67,7 @@ class Layout:
     pooling: Pooling | None = None
     closing_newline: bool = False
     projected: list[int] | None = None
+    chosen_again: bool = False
 
     def __len__(self) -> int:
         return len(self.n)
@@ -184,7 +185,8 @@ class Selection:
     """Visual tokens that enter the language model.
 
     ``keep`` [I, k_max]: indices into each image's tokens **in feeding order**, padded; ``counts[i]`` of them are real.
-    ``features`` [I, k_max, C] replaces the gathered projector inputs where tokens were merged or pooled.
+    ``features`` [I, k_max, C] replaces the gathered projector inputs where tokens were merged or pooled; ``embedded``:
+    they are vectors of the language model already, made from ``EntryTokens.embedded``.
     ``owner`` [I, n_max]: for every original token the place in ``keep`` that took it in, -1 if it was dropped; only
     merging methods give it. ``copies`` [I, k_max]: the token whose embedding each entry carries, where a method feeds
     one token (a newline) several times: the entry then only lends its place in the prompt.
@@ -195,6 +197,7 @@ class Selection:
     features: Tensor | None = None
     owner: LongTensor | None = None
     copies: LongTensor | None = None
+    embedded: bool = False
 
     @classmethod
     def from_mask(cls, layout: Layout, mask: Tensor) -> Selection:

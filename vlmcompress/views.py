@@ -56,11 +56,17 @@ class EntryTokens:
 
     @cached_property
     def projected(self) -> Tensor:
-        """[I, n_max, C'] all tokens as the language model would get them, zero where no patch stands.
+        """[I, n_max, C'] all tokens as the language model would get them, zero where no patch stands; without gradient.
 
         Runs the projector once more, which otherwise sees the chosen rows alone. Where tokens are not made row by row,
         these are :attr:`features`.
         """
+        with torch.no_grad():
+            return self.embedded
+
+    @cached_property
+    def embedded(self) -> Tensor:
+        """:attr:`projected` with its gradient, for selections that feed them (``Selection.embedded``)."""
         return self.features if self._project is None else self.layout.of_views(self._project(self.rows))
 
     @cached_property

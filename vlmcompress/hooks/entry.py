@@ -44,17 +44,21 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         vision.features = rows
         if not tokenwise(vision, adapter):
             return None
-        vision.project = lambda rows: _project(rows, module, args, adapter)
+        vision.project = lambda rows: _project(vision, rows, module, args, adapter)
         choose(vision, methods, adapter)
+        embedded = vision.selection is not None and vision.selection.embedded
+        vision.layout.chosen_again = vision.layout.projected is not None and not embedded
         if vision.selection is None:
             return None
         picked = vision.selection.features
         if picked is None:
             view, place = _places_of(vision)
             picked = rows[view.clamp_min(0), place.clamp_min(0)]
-        if not picked.shape[1]:
-            picked = rows[:1, :1]  # quantised Linears may not take nothing; what becomes of it is left out behind
-        vision.selection.features = None  # from here on they are rows of the projector
+        if embedded or not picked.shape[1]:
+            # the projector has done its work, or has none; it must run, and quantised Linears may not take nothing
+            picked = rows[:1, :1]
+        if not embedded:
+            vision.selection.features = None  # from here on they are rows of the projector
         return (adapter.projector_input(picked.to(rows.dtype), args[0]), *args[1:])
 
     def post(module: nn.Module, args: tuple, output: Tensor):
@@ -63,6 +67,8 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
             vision.features = pooling(output)
         if vision.selection is None or not tokenwise(vision, adapter):
             return None
+        if vision.selection.embedded:
+            output, vision.selection.features = vision.selection.features.to(output.dtype), None
         return adapter.projector_output(_like_stock(_scatter(vision, output), vision, adapter))
 
     def side(module: nn.Module, args: tuple, output: Tensor):
@@ -80,11 +86,15 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
     vision.handles.append(adapter.projector.register_forward_hook(post))
 
 
-def _project(rows: Tensor, module: nn.Module, args: tuple, adapter: Adapter) -> Tensor:
-    """[V, N, C'] tokens of all ``rows`` [V, N, C], past the projector's hooks."""
-    with torch.no_grad():
-        output = module.forward(adapter.projector_input(rows, args[0]), *args[1:])
-    return output.reshape(*rows.shape[:2], -1)
+def _project(vision: Vision, rows: Tensor, module: nn.Module, args: tuple, adapter: Adapter) -> Tensor:
+    """[V, N, C'] tokens of all ``rows`` [V, N, C], past the projector's hooks; noted as work of the projector."""
+    sizes = vision.layout.projected = vision.layout.view_sizes
+    views, width = rows.shape[:2]
+    # views that are smaller are padded here, not in the projector
+    real = torch.cat([width * view + torch.arange(n) for view, n in enumerate(sizes)]).to(rows.device)
+    output = module.forward(adapter.projector_input(rows.flatten(0, 1)[real], args[0]), *args[1:])
+    output = output.reshape(len(real), -1)
+    return output.new_zeros(views * width, output.shape[-1]).index_copy(0, real, output).unflatten(0, (views, width))
 
 
 def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:

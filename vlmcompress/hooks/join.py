@@ -74,6 +74,7 @@ def _layout(parts: list[Layout], order: list[int]) -> Layout:
         sample=listed("sample"), column=table("column"), source=[source[i] for i in order],
         tiles=[tiles[i] for i in order] if any(part.tiles for part in parts) else [],
         projected=[n for p in parts for n in p.projected or [0] * len(p.view_image)],
+        chosen_again=any(p.chosen_again for p in parts),
         thumbnail=torch.cat(thumbnails) if any(p.thumbnail is not None for p in parts) else None,
         window=_stack(windows) if any(p.window is not None for p in parts) else None,
     )  # fmt: skip

@@ -21,8 +21,9 @@ from ..ops.schedules import declining_counts
 from ..ops.scores import received_attention
 from ..ops.select import top_mask
 from ..ops.windows import merge_windows
+from ..pooled import merged_windows
 from ..registry import register_method
-from ..views import CacheLayer, Cut, Eviction, PrefillLayer, TowerEdit, TowerLayer
+from ..views import CacheLayer, Cut, EntryTokens, Eviction, PrefillLayer, Selection, TowerEdit, TowerLayer
 from .output_cache import output_aware
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ class MustDrop(Method):
     prompt is filtered (officially the first, later ones count as text); decoded tokens continue the numbering of each
     layer's prompt (officially the length of the cleared cache, which puts up to the last few dozen prompt tokens into
     a new token's future: see ``official_decode``). Towers without a CLS token take the attention that each patch
-    receives, windows that stick out of the grid stay unmerged, and where the projector joins several patches to a token
-    (Qwen2-VL) there is no merging in the tower, since it would tear these groups apart; a token's rank for the key set
-    is then the sum over its patches (ours).
+    receives, and windows that stick out of the grid stay unmerged (ours). Where the projector joins several patches to a
+    token (Qwen2-VL), or the model pools them behind the tower (videos), merging in the tower would tear these groups
+    apart: there windows of the tokens that the language model would get are merged (ENTRY, ours), a mean stands at its
+    window's centre, and a token's rank for the key set is the sum over its patches. Such tokens are less alike than
+    patches behind the first vision layer, so ``similarity`` wants to be found anew.
 
     Args:
         keep: budget mode (ours): layer-averaged visual tokens per image, or their share, instead of thresholds. The
@@ -65,8 +68,8 @@ class MustDrop(Method):
         preset: published pair of thresholds, named by its average on LLaVA-1.5-7B: 192, 128 or 64.
         gamma, alpha: the thresholds themselves, instead of the preset's. With either at 0 nothing is ever dropped.
         layers: decoder layers (0-based) with a filter behind; None: 2, 6, 10 and 14 of 32, scaled to the depth.
-        merge: whether to merge in the tower.
-        window: side of the windows.
+        merge: whether to merge windows.
+        window: side of the windows, in patches, or in tokens where these are merged.
         similarity: mean cosine from which on a window is merged.
         key_rate: share of the tokens left after merging that can never be dropped, rounded up.
         clear_cache: the third stage.
@@ -91,7 +94,7 @@ class MustDrop(Method):
         "alike windows merged, then text-guided filters between decoder layers, then a smaller cache"
     )
     paper: ClassVar[str] = "arXiv 2411.10803"
-    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER, Stage.PREFILL, Stage.CACHE})
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.TOWER, Stage.ENTRY, Stage.PREFILL, Stage.CACHE})
     query_aware: ClassVar[bool] = True
     fixed_budget: ClassVar[bool] = False
     joins_patches: ClassVar[bool] = True
@@ -121,7 +124,7 @@ class MustDrop(Method):
                 f"A filter behind layer {layers[-1]} saves nothing: this language model has {depth} layers."
             )
         if isinstance(self.keep, float):
-            least = 1 / self.window**2 if self.merges(adapter) else 1.0
+            least = 1 / self.window**2 if self.merge else 1.0
             lowest = least * (layers[0] + 1 + self.key_rate * (depth - layers[0] - 1)) / depth
             if self.keep < lowest:
                 raise ValueError(
@@ -144,18 +147,18 @@ class MustDrop(Method):
     # TOWER ------------------------------------------------------------------------------------------------------
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
         last = adapter.global_layers[-1]
-        return {0, last} if self.merges(adapter) else {last}
-
-    def merges(self, adapter: Adapter) -> bool:
-        """Whether windows are merged in this model's tower."""
-        return self.merge and not adapter.joins_patches
+        return {0, last} if self.merge and not adapter.joins_patches else {last}
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
+        behind = layer.group > 1 or layer.layout.pooling is not None
         if layer.index == layer.global_layers[-1]:
-            state["key"] = self._key_set(layer, state)
+            received, present = self._received(layer, state)
+            state["key"] = self._key_set(received, present)
+            if behind and self.merge:
+                state["received"] = received
             return None
         cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
-        if layer.n != cells:
+        if behind or layer.n != cells:
             return None
         state["flops"] = state.get("flops", 0) + 4 * layer.patches.numel()
         merged = merge_windows(
@@ -165,20 +168,39 @@ class MustDrop(Method):
             return None
         return TowerEdit(merged.keep, hidden=merged.hidden, valid=merged.valid, owner=merged.owner)
 
-    def _key_set(self, layer: TowerLayer, state: dict) -> Tensor:
-        """[V, N] bool per view and original cell: what may never be dropped."""
+    def _received(self, layer: TowerLayer, state: dict) -> tuple[Tensor, Tensor]:
+        """[V, N] per view and original cell: the attention that its token gets, 0 where none is, and where one is."""
         if layer.has_cls:
             row, queries = layer.cls_row(), 1
         else:
             row, queries = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid), layer.n
         state["flops"] = state.get("flops", 0) + 2 * queries * layer.k.numel()
         row, ids, valid = layer.per_token(row), layer.token_ids, layer.token_valid
-        present = [row.shape[1]] * len(row) if valid is None else valid.sum(1).tolist()
-        if valid is not None:
-            row = row.masked_fill(~valid, float("-inf"))
-        best = top_mask(row, [math.ceil(self.key_rate * n) for n in present])
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
-        return torch.zeros(len(row), cells, dtype=torch.bool, device=row.device).scatter(1, ids, best)
+        ids = ids.masked_fill(~valid, cells)  # padding may point anywhere
+        table = row.new_zeros(len(row), cells + 1)
+        return (table.scatter(1, ids, row)[:, :-1], table.bool().scatter(1, ids, True)[:, :-1])
+
+    def _key_set(self, received: Tensor, present: Tensor) -> Tensor:
+        """[V, N] bool: which of the ``present`` cells may never be dropped."""
+        counts = [math.ceil(self.key_rate * n) for n in present.sum(1).tolist()]
+        return top_mask(received.masked_fill(~present, float("-inf")), counts)
+
+    # ENTRY ------------------------------------------------------------------------------------------------------
+    def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
+        received = state.pop("received", None)
+        if received is None:
+            return None
+        state["flops"] += 4 * tokens.embedded.numel()
+        found = merged_windows(tokens, self.window, self.similarity, shared=self.shared_merge)
+        if found is None:
+            return None
+        selection, home = found
+        cells = torch.arange(home.shape[1], device=home.device)
+        stays = tokens.view_cells() & (home == cells)
+        state["key"] = self._key_set(torch.zeros_like(received).scatter_add(1, home, received), stays)
+        return selection
 
     # PREFILL ----------------------------------------------------------------------------------------------------
     def cut_layers(self, adapter: Adapter) -> Collection[int]:

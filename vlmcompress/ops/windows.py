@@ -30,6 +30,8 @@ def window_cells(grid: tuple[int, int], window: tuple[int, int]) -> LongTensor:
     """[W, k] raster cells of every window that lies wholly inside ``grid`` (rows, columns); windows do not overlap."""
     rows, cols = grid
     h, w = window
+    if rows < h or cols < w:
+        return torch.empty(0, h * w, dtype=torch.long)
     cells = torch.arange(rows * cols).view(rows, cols)[: rows - rows % h, : cols - cols % w]
     return cells.unfold(0, h, h).unfold(1, w, w).reshape(-1, h * w)
 
