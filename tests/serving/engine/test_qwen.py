@@ -72,7 +72,17 @@ def test_answers_and_log_probabilities(start, folder, reference, chunk):
 
 
 def test_placeholders_follow_the_size(start, folder):
-    llm = switched_on(start(folder, {"method": "grid", "keep": 9}, max_model_len=512))
+    llm = switched_on(start(folder, {"method": "grid", "keep": 9}, max_model_len=512, enable_mm_embeds=True))
     image = llm.llm_engine.model_config.hf_config.image_token_id
     outputs = by_engine(llm, PROMPTS)
     assert [output.prompt_token_ids.count(image) for output in outputs] == [9, 9, 9, 18, 0]
+    ready = {"image_embeds": torch.zeros(9, 64 * image_width(llm)), "image_grid_thw": torch.tensor([[1, 6, 6]])}
+    with pytest.raises(ValueError, match="send pixels instead of embeddings"):
+        by_engine(llm, [Request(PROMPTS[0].text, ready)])
+    assert by_engine(llm, PROMPTS[:1])[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def image_width(llm) -> int:
+    """Groups of channels in one token: DeepStack's follow behind the token itself."""
+    vision = llm.llm_engine.model_config.hf_config.vision_config
+    return 1 + len(getattr(vision, "deepstack_visual_indexes", ()))

@@ -12,13 +12,14 @@ import subprocess
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from serving.engine.asking import NEW_TOKENS, by_transformers, questions
 from serving.engine.conftest import TINY
 
 import vlmcompress
 from vlmcompress.commands.bench_serve import command_of, reason_in, served
-from vlmcompress.serving.encode import Encoder, content_part
+from vlmcompress.serving.encode import Encoder, content_part, packed
 from vlmcompress.serving.load import samples
 
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
@@ -36,6 +37,7 @@ def monkeypatch_module():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_PLUGINS", "vlmcompress")
         yield patch
 
 
@@ -99,6 +101,24 @@ def test_damaged_images_are_4xx_with_a_sentence(address, url):
     assert httpx.get(f"{address}/health").status_code == 200
 
 
+def test_a_picture_of_too_many_pixels_is_refused(address, model, processor):
+    huge = image_part(url_of(Image.new("1", (14_000, 13_000))))
+    request = questions(processor, 1)[0]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        other = pool.submit(ask, address, body(text_of(request), image_part(url_of(request.images[0]))))
+        answer = ask(address, body("is there a ring", huge))
+    assert answer.status_code == 400 and "too many pixels" in answer.json()["error"]["message"]
+    assert (
+        other.result().json()["choices"][0]["message"]["content"].strip()
+        == expected(model, processor, [request])[0].strip()
+    )
+
+
+def test_ready_embeddings_are_refused_where_pixels_are_served(address):
+    answer = ask(address, body("is there a ring", content_part(torch.zeros(16, 160))))
+    assert answer.status_code == 400 and "--enable-mm-embeds" in answer.json()["error"]["message"]
+
+
 def test_a_client_that_leaves_takes_nobody_along(address, model, processor):
     requests = questions(processor, 8)
     leaving = body(
@@ -129,6 +149,10 @@ def test_bad_settings_stop_the_start_with_a_sentence(wide, monkeypatch_module, e
     assert words in reason_in(done.stdout + done.stderr)
 
 
+#: no rows, too many for the prompt, two images for one place, a single row without its axis
+MISSHAPEN = [(0, 160), (1100, 160), (2, 5, 160), (160,)]
+
+
 def test_a_server_without_a_tower_takes_embeddings(wide, monkeypatch_module, tmp_path, model, processor):
     flags = [*FLAGS, "--enable-mm-embeds", "--limit-mm-per-prompt", json.dumps({"image": 0})]
     requests = questions(processor, 10)
@@ -137,10 +161,13 @@ def test_a_server_without_a_tower_takes_embeddings(wide, monkeypatch_module, tmp
     with served(str(wide), None, flags, tmp_path / "log") as address:
         found = [ask(address, body(text_of(r), content_part(rows))) for r, rows in zip(requests, tokens, strict=True)]
         narrow = ask(address, body("is there a ring", content_part(tokens[0][:, :-1])))
-        broken = ask(address, body("is there a ring", {"type": "image_embeds", "image_embeds": "bm90aGluZw=="}))
+        wrong = [ask(address, body("is there a ring", content_part(torch.zeros(*shape)))) for shape in MISSHAPEN]
+        for text in ("bm90aGluZw==", "", packed(tokens[0])[:4000]):
+            wrong.append(ask(address, body("is there a ring", {"type": "image_embeds", "image_embeds": text})))
         again = ask(address, body(text_of(requests[0]), content_part(tokens[0])))
     texts = [answer.json()["choices"][0]["message"]["content"].strip() for answer in found]
     assert texts == [text.strip() for text in expected(model, processor, requests)]
     assert 400 <= narrow.status_code < 500 and narrow.json()["error"]["message"]
-    assert broken.is_error  # vLLM 0.32 itself says 500 to bytes that are no tensor, and goes on
+    assert {answer.status_code for answer in wrong} == {400}
+    assert all(answer.json()["error"]["message"] for answer in wrong)
     assert again.json()["choices"][0]["message"]["content"].strip() == texts[0]

@@ -57,7 +57,10 @@ class CountedPlaceholders:
         token = self.info.get_hf_config().image_token_id
 
         def replacement(index: int) -> list[int]:
-            grid = out_mm_kwargs["image"][index]["image_grid_thw"].data
+            image = out_mm_kwargs["image"][index]
+            if "image_embeds" in image:
+                raise ValueError("This server compresses images itself; send pixels instead of embeddings.")
+            grid = image["image_grid_thw"].data
             return [token] * self.info.count(grid.tolist())
 
         return [PromptReplacement(modality="image", target=[token], replacement=replacement)]
@@ -83,8 +86,6 @@ class CompressedPositions(CompressedVision):
     def _process_image_input(self, image_input):
         if self.encoder is None:
             return super()._process_image_input(image_input)
-        if image_input["type"] != "pixel_values":
-            raise ValueError("This server compresses images itself; send pixels instead of embeddings.")
         pixels = self.input_norm(image_input["pixel_values"], self.encoder.model.dtype)
         given = {"pixel_values": pixels, "image_grid_thw": image_input["image_grid_thw"]}
         tokens, layout, selection = self.encoder.choose(given)
