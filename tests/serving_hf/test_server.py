@@ -174,7 +174,7 @@ BAD = {
     "a length of zero": (chat(max_completion_tokens=0), 400, '"max_tokens" is a whole number'),
     "a corrupt picture": (chat(address(b"\x89PNG\r\n\x1a\n and nothing else")), 400, "could not be read as a picture"),
     "a cut picture": (chat(SCENE[:2022]), 400, "could not be read as a picture"),
-    "no base64": (chat("data:image/png;base64,***"), 400, "does not hold base64"),
+    "no base64": (chat("data:image/png;base64,***"), 400, "does not come as base64"),
     "an address to fetch": (chat("http://127.0.0.1:1/a.png"), 400, "no other address is opened"),
     "a path": (chat(str(SAMPLES / "scene-1.png")), 400, "no other address is opened"),
     "too many pixels": (chat(address(encoded(Image.new("1", (12_000, 9_000))))), 400, "more than the 89 million"),

@@ -13,6 +13,8 @@ import io
 import json
 from typing import Any
 
+from PIL import Image
+
 from ..demo.images import MAX_BYTES, decode
 
 ROLES = ("system", "user", "assistant")
@@ -100,17 +102,22 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     raise BadRequest('A part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}.')
 
 
-def picture(address: str) -> Any:
+def picture(address: str) -> Image.Image:
     """The picture of a ``data:`` address as upright RGB. Raises :class:`BadRequest`."""
     head, comma, text = address.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise BadRequest("Pictures come inside the request, as data:image/png;base64,...; no other address is opened.")
+    return decoded(text)
+
+
+def decoded(text: str) -> Image.Image:
+    """The picture whose file ``text`` is in base64, as upright RGB. Raises :class:`BadRequest`."""
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise BadRequest(f"A picture is larger than {MAX_BYTES >> 20} MiB.", 413)
     try:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadRequest("A picture's address does not hold base64.") from error
+        raise BadRequest("A picture does not come as base64.") from error
     try:
         return decode(io.BytesIO(content))[0]
     except ValueError as error:

@@ -7,41 +7,17 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .encode import Encoder, packed
+from .hf_request import MAX_IMAGES, BadRequest, decoded
 
 
-class BadImage(ValueError):
-    """Something in a request that is no image we take; ``status`` is the HTTP status that says so."""
-
-    def __init__(self, sentence: str, status: int = 400):
-        super().__init__(sentence)
-        self.status = status
-
-
-def read_image(text: str, *, max_pixels: int) -> Image.Image:
-    """The picture in base64 or in a ``data:`` address. Raises :class:`BadImage`."""
-    try:
-        content = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except ValueError as error:
-        raise BadImage("An image comes as base64, alone or in a data: address.") from error
-    try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > max_pixels:
-            raise BadImage(f"{image.width} × {image.height} pixels are more than the {max_pixels} that are taken.", 413)
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadImage("This is no image, or a damaged one.") from error
-
-
-def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: int = 16) -> Any:
+def create_app(encoder: Encoder) -> Any:
     """A FastAPI application around ``encoder``.
 
     ``POST /v1/encode`` with ``{"images": ["<base64>", ...]}`` answers ``{"width": C, "images": [{"tokens": k, "image_embeds":
@@ -60,8 +36,8 @@ def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: in
 
     async def encode(request: Any) -> JSONResponse:
         try:
-            images = _images(await request.body(), max_pixels=max_pixels, max_images=max_images)
-        except BadImage as error:
+            images = await asyncio.to_thread(_images, await request.body())
+        except BadRequest as error:
             return JSONResponse({"error": str(error)}, status_code=error.status)
         async with turn:
             try:
@@ -76,17 +52,17 @@ def create_app(encoder: Encoder, *, max_pixels: int = 50_000_000, max_images: in
     return app
 
 
-def _images(body: bytes, *, max_pixels: int, max_images: int) -> list[Image.Image]:
+def _images(body: bytes) -> list[Image.Image]:
     try:
         wanted = json.loads(body)
-    except ValueError as error:
-        raise BadImage('The body is JSON: {"images": ["<base64>", ...]}.') from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest('The body is JSON: {"images": ["<base64>", ...]}.') from error
     texts = wanted.get("images") if isinstance(wanted, dict) else None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise BadImage('"images" is a list of at least one image in base64.')
-    if len(texts) > max_images:
-        raise BadImage(f"{len(texts)} images are more than the {max_images} that one request may bring.", 413)
-    return [read_image(text, max_pixels=max_pixels) for text in texts]
+        raise BadRequest('"images" is a list of at least one image in base64.')
+    if len(texts) > MAX_IMAGES:
+        raise BadRequest(f"{len(texts)} images are more than the {MAX_IMAGES} that one request may bring.", 413)
+    return [decoded(text.partition(",")[2] if text.startswith("data:") else text) for text in texts]
 
 
 def main(
