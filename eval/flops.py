@@ -139,7 +139,7 @@ class ModelShape:
             heads=heads,
             kv_heads=heads,
             head_dim=width // heads,
-            gated=vision.model_type == "qwen2_5_vl_vision",
+            gated=vision.model_type.startswith("qwen2_5_vl"),  # transformers 5.16 does not add "_vision"
         )
         return cls(
             text=_stack(text, gated=True),
