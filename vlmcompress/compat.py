@@ -57,7 +57,7 @@ def refuse_replays(model: Any, watching: str | None) -> None:
     """
     if watching is None or not REPLAYS_HOOKS or not (model.training and torch.is_grad_enabled()):
         return
-    if model.is_gradient_checkpointing:
+    if getattr(model, "is_gradient_checkpointing", False):  # what open_clip and timm have is refused elsewhere
         raise ValueError(
             f"Gradient checkpointing of this version of transformers replays hooks, which '{watching}' cannot take; switch "
             "it off, use a newer transformers, or a method that looks at no layer (grid, pool, ...)."
