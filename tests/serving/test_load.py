@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from vlmcompress.cli import main
+from vlmcompress.commands import bench_serve
 from vlmcompress.commands.bench_serve import reason_in
 from vlmcompress.serving.load import Answer, Load, blocks_used, body_of, samples, summary
 
@@ -54,6 +57,18 @@ def test_the_cause_is_found_in_a_servers_log():
     assert reason_in(LOG) == "'fastv' cannot be served."
     assert reason_in("ModuleNotFoundError: No module named 'vllm'") == "No module named 'vllm'"
     assert reason_in("killed") == "killed" and reason_in("") == "no output"
+
+
+def test_without_vllm_a_sentence(monkeypatch, capsys, tmp_path):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(bench_serve, "version", missing)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "serve", "--out", str(tmp_path)])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and said.endswith("pip install 'vlmcompress[serve]'") and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 class Server(BaseHTTPRequestHandler):
