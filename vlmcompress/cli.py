@@ -251,6 +251,7 @@ class Bench(str, Enum):
     STAGES = "stages"
     GPU = "gpu"
     ENCODERS = "encoders"
+    SELECTION = "selection"
     SERVE = "serve"
 
 
@@ -261,7 +262,7 @@ def bench(
         typer.Argument(
             help="limit: distance to the speed limit; methods: all of them; cache: its policies; stages: every part of one "
             "answer; gpu: 7B shapes by part, kernel and batch; serve: vLLM under load; encoders: clustered and pruned "
-            "ViT-B/16."
+            "ViT-B/16; selection: choosing spread-out tokens."
         ),
     ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
@@ -275,6 +276,7 @@ def bench(
     from .commands.bench_encoders import bench_encoders
     from .commands.bench_gpu import bench_gpu
     from .commands.bench_methods import bench_methods
+    from .commands.bench_selection import bench_selection
     from .commands.bench_serve import bench_serve
     from .commands.bench_stages import bench_stages
 
@@ -286,6 +288,7 @@ def bench(
         Bench.STAGES: bench_stages,
         Bench.GPU: bench_gpu,
         Bench.ENCODERS: bench_encoders,
+        Bench.SELECTION: bench_selection,
         Bench.SERVE: bench_serve,
     }
     kinds[what](out, rounds, device)

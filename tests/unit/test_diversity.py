@@ -58,18 +58,38 @@ def test_batched_equals_alone_with_padding():
         assert alone[0].equal(together[row])
 
 
-def test_most_tokens_are_never_multiplied(monkeypatch):
-    """The point of it: 100 of 1,000 tokens are chosen and the products of less than half of them are taken."""
+@pytest.mark.parametrize("rule", ["maxsum", "kcenter"])
+def test_more_equal_tokens_than_are_looked_at(rule):
+    """Four tokens, each 150 times: of equal ones the first that is left, and everything in the end."""
+    x = features(2, 1, 4, 24).repeat(1, 150, 1)
+    order = diverse_order(x, torch.tensor([0]), 600, rule=rule)[0].tolist()
+    assert sorted(order) == list(range(600))
+    for number in range(4):
+        places = [token for token in order if token % 4 == number]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("rule", ["maxsum", "kcenter"])
+def test_few_cosines_are_taken_in_vain(rule, monkeypatch):
+    """The point of it: next to the 100 of 1,000 tokens that are chosen, the cosines of less than 40 others are taken."""
     made = []
-    build = diversity._Ahead.__init__
+    build = diversity._Lookahead.__init__
 
     def noted(self, *args):
         build(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(diversity._Ahead, "__init__", noted)
-    diverse_order(features(4, 2, 1000, 64), torch.tensor([0, 1]), 100)
-    assert 100 <= sum(block.shape[1] for block in made[0].rows) < 500
+    monkeypatch.setattr(diversity._Lookahead, "__init__", noted)
+    diverse_order(features(4, 2, 1000, 64), torch.tensor([0, 1]), 100, rule=rule)
+    assert [99 <= len(one.cosines) < 140 for one in made] == [True, True]
+
+
+def test_looking_ahead_is_as_one_step_at_a_time(monkeypatch):
+    """Where the next token cannot be told ahead: directions without any order, of few dimensions."""
+    x = torch.randn(2, 700, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float()
+    ahead = diverse_order(x, torch.tensor([3, 600]), 200)
+    monkeypatch.setattr(diversity._Lookahead, "_ahead", lambda self, chosen, count: [chosen])
+    assert diverse_order(x, torch.tensor([3, 600]), 200).equal(ahead)
 
 
 def test_unknown_rule():

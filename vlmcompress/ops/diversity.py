@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,26 +32,25 @@ def diverse_order(
 
     Returns:
         [B, steps] indices in selection order. Nothing is N × N. On a GPU each step is one matrix-vector product per row and
-        nothing waits for the host; on a CPU the cosines of the likeliest next tokens are taken ahead, in one matrix
-        product (:class:`_Ahead`), which spares most of the reading of ``x``.
+        nothing waits for the host; on a CPU the cosines of likely next tokens are taken ahead (:class:`_Lookahead`).
     """
     if rule not in ("maxsum", "kcenter"):
         raise ValueError(f"rule is 'maxsum' or 'kcenter', not {rule!r}.")
-    unit = unit_vectors(x, torch.float32 if rule == "maxsum" else torch.float64)
-    batch = torch.arange(len(x), device=x.device)
-    score = unit.new_full(x.shape[:2], 0.0 if rule == "maxsum" else -torch.inf)
+    x = x.detach().to(torch.float32 if rule == "maxsum" else torch.float64)
+    score = x.new_full(x.shape[:2], 0.0 if rule == "maxsum" else -torch.inf)
     if candidates is not None:
         score.masked_fill_(~candidates, torch.inf)
-    cosines = _Ahead(unit) if x.device.type == "cpu" else _Single(unit)
+    if x.device.type == "cpu":
+        images = zip(x, score, pivot.tolist(), strict=True)
+        return torch.stack([_Lookahead(row, start, rule).order(first, steps) for row, start, first in images])
+    unit, batch = unit_vectors(x, x.dtype), torch.arange(len(x), device=x.device)
     order = pivot.new_empty(len(x), steps)
     chosen = pivot
     for step in range(steps):
         if step:
             chosen = score.argmin(1)
         order[:, step] = chosen
-        if step == steps - 1:
-            break
-        cosine = cosines.of(chosen, score)
+        cosine = torch.bmm(unit, unit[batch, chosen].unsqueeze(2)).squeeze(2)
         if rule == "maxsum":
             score += cosine
         else:
@@ -59,47 +59,71 @@ def diverse_order(
     return order
 
 
-class _Single:
-    """Cosines of the chosen tokens to all tokens of ``unit`` [B, N, C], asked one step at a time."""
+class _Lookahead:
+    """The greedy choice from one image's tokens ``x`` [N, C] on a CPU, starting from ``score`` [N], which it uses up.
 
-    def __init__(self, unit: Tensor):
-        self.unit, self.batch = unit, torch.arange(len(unit), device=unit.device)
-
-    def of(self, chosen: LongTensor, score: Tensor) -> Tensor:
-        """[B, N] for the tokens ``chosen`` [B]."""
-        return torch.bmm(self.unit, self.unit[self.batch, chosen].unsqueeze(2)).squeeze(2)
-
-
-class _Ahead(_Single):
-    """The same, in blocks: a token without its cosines brings those of the tokens that are next in line now.
-
-    A greedy choice moves slowly through the ranking, so that most tokens never need theirs, and the product of a block
-    reads ``unit`` once, as that of a single token does.
+    A step needs the cosines of one token to all, and taken one by one they cost a reading of ``x`` each. So a token
+    without its cosines brings those of the tokens that follow if only the ``pool`` best scored ones are looked at: that
+    choice is small, it is nearly always the true one, and where it is not, the order is still that of ``score``.
     """
 
-    def __init__(self, unit: Tensor, block: int = 32):
-        super().__init__(unit)
-        self.block = min(block, unit.shape[1])
-        self.slot = torch.full(unit.shape[:2], -1)
-        self.rows: list[Tensor] = []
+    def __init__(self, x: Tensor, score: Tensor, rule: str, pool: int = 96, most: int = 24):
+        self.x, self.score = x, score.numpy()
+        self.per_length = x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
+        self.join = np.add if rule == "maxsum" else np.maximum
+        self.pool, self.most = min(pool, len(x)), most
+        self.cosines: dict[int, np.ndarray] = {}
 
-    def of(self, chosen: LongTensor, score: Tensor) -> Tensor:
-        at = self.slot[self.batch, chosen]
-        if bool((at < 0).any()):
-            self._fetch(chosen, score)
-            at = self.slot[self.batch, chosen]
-        places = [divmod(place, self.block) for place in at.tolist()]
-        return torch.stack([self.rows[block][row, place] for row, (block, place) in enumerate(places)])
+    def order(self, chosen: int, steps: int) -> LongTensor:
+        """[steps] tokens as they are chosen, ``chosen`` first."""
+        found, hits = [chosen], 0
+        for left in range(steps - 1, 0, -1):
+            if chosen not in self.cosines:
+                ahead = self._ahead(chosen, min(left, self.most, 4 + 2 * hits)) if len(found) > 1 else [chosen]
+                self.cosines.update(zip(ahead, self._products(torch.tensor(ahead)), strict=True))
+                hits = 0
+            self.join(self.score, self.cosines[chosen], out=self.score)
+            self.score[chosen] = np.inf
+            chosen, hits = int(self.score.argmin()), hits + 1
+            found.append(chosen)
+        return torch.tensor(found)
 
-    def _fetch(self, chosen: LongTensor, score: Tensor) -> None:
-        """Take the cosines of the next block of every row: ``chosen`` and the best scored without any."""
-        line = score.clamp_min(torch.finfo(score.dtype).min).masked_fill(self.slot >= 0, torch.inf)
-        line[self.batch, chosen] = -torch.inf
-        # a token that has its cosines already may come again, in front of the block or at the end of the tokens
-        index = line.topk(self.block, dim=1, largest=False).indices
-        picked = self.unit.gather(1, index[..., None].expand(-1, -1, self.unit.shape[2]))
-        self.slot.scatter_(1, index, torch.arange(self.block).expand_as(index) + len(self.rows) * self.block)
-        self.rows.append(torch.bmm(picked, self.unit.mT))
+    def _ahead(self, chosen: int, count: int) -> list[int]:
+        """``chosen`` and up to ``count`` - 1 tokens without cosines that would follow it inside the pool."""
+        pool = np.argpartition(self.score, self.pool - 1)[: self.pool]
+        if chosen not in pool:  # more tokens tie than the pool holds
+            pool[0] = chosen
+        pool.sort()
+        index = torch.from_numpy(pool)
+        among, score = self._products(index, index), self.score[pool]
+        found: list[int] = []
+        place = int(pool.searchsorted(chosen))
+        for _ in range(2 * count):
+            if pool[place] not in self.cosines:
+                found.append(int(pool[place]))
+            if len(found) == count:
+                break
+            self.join(score, among[place], out=score)
+            score[place] = np.inf
+            place = int(score.argmin())
+        return list(dict.fromkeys(found))
+
+    def _products(self, rows: LongTensor, columns: LongTensor | None = None) -> np.ndarray:
+        """[rows, columns] cosines of tokens; all columns without ``columns``."""
+        a, b, per_length = self.x[rows], self.x, self.per_length
+        if columns is not None:
+            b, per_length = self.x[columns], per_length[columns]
+        return thin_product(a, b).mul_(self.per_length[rows][:, None]).mul_(per_length).numpy()
+
+
+def thin_product(a: Tensor, b: Tensor) -> Tensor:
+    """[m, n] ``a`` [m, C] times the transpose of ``b`` [n, C] on a CPU, for few rows m.
+
+    In fp32 by oneDNN where torch has it: it takes half the time of matmul, and gives equal columns equal products.
+    """
+    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.nn.functional.linear(a.to_mkldnn(), b).to_dense()
+    return a @ b.mT
 
 
 def direction_pivot(x: Tensor, *, farthest: bool, candidates: Tensor | None = None) -> LongTensor:
