@@ -7,7 +7,7 @@
     <!-- end -->
 
 with the named methods of ``results/NAME/report.json`` (all of them where none is named), or, where ``results/NAME`` is a
-file of ``vlmcompress bench methods``, with its speed ratios; a test holds the pages to it.
+file of ``vlmcompress bench methods`` or ``bench gpu``, with its speed ratios; a test holds the pages to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def fill(text: str, root: Path = ROOT) -> str:
     def table(found: re.Match) -> str:
         start, folder, names, end = found.groups()
         if (root / folder).is_file():
-            return f"{start}{speeds(json.loads((root / folder).read_text()))}\n{end}"
+            bench = json.loads((root / folder).read_text())
+            written = gpu_speeds(bench) if bench["schema"].startswith("vlmcompress.bench-gpu") else speeds(bench)
+            return f"{start}{written}\n{end}"
         chosen = [name.strip() for name in names.split(",")] if names else None
         return f"{start}{compact(load_report(root / folder / 'report.json'), chosen)}\n{end}"
 
@@ -88,6 +90,28 @@ def speeds(bench: dict[str, Any]) -> str:
         f"{bench['shape']}; {bench['dtype'].removeprefix('torch.')}, {machine['threads']} threads of {machine['device']}. "
         f"Medians of {one['runs']} interleaved rounds ({tiled['runs']} for the tiled model, globalcom2): uncompressed "
         f"{one['median'] / 1000:.1f} and {tiled['median'] / 1000:.1f} s."
+    )
+    return "\n".join([*lines, "", legend])
+
+
+def gpu_speeds(bench: dict[str, Any]) -> str:
+    """What ``vlmcompress bench gpu`` found: a line per shape and batch, per method how many times faster."""
+    measured = [cell for cell in bench["cells"] if "cases" in cell]
+    names = list(dict.fromkeys(name for cell in measured for name in cell["cases"] if name != "uncompressed"))
+    head = ["shape, batch", "visual tokens", "every token, ms", *(f"{name}, ×" for name in names)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for cell in measured:
+        whole = cell["cases"]["uncompressed"]["ms"]["end_to_end"]["median"]
+        cases = [cell["cases"].get(name) for name in names]
+        faster = ["–" if case is None else f"{case['speedup']['end_to_end']:.2f}" for case in cases]
+        lines.append(
+            f"| {cell['shape']}, {cell['batch']} | {cell['visual_tokens']} | {whole:.0f} | {' | '.join(faster)} |"
+        )
+    machine = bench["environment"]
+    legend = (
+        f"Prefill and {bench['new_tokens']} tokens, {bench['text_tokens']} text tokens, {bench['dtype']}, {bench['weights']} "
+        f"weights, eager PyTorch {machine['torch']}, transformers {machine['transformers']}, {machine['device']}; medians of "
+        f"interleaved rounds."
     )
     return "\n".join([*lines, "", legend])
 

@@ -97,7 +97,7 @@ def test_a_bench_file_becomes_a_table_of_speed_ratios(tmp_path):
 
     part = {"uncompressed": {"prefill_ms": {"median": 4000.0, "runs": 10}}}
     bench = {
-        "shape": "a small shape", "dtype": "torch.float32", "environment": {"threads": 2, "device": "a CPU"},
+        "schema": "vlmcompress.bench-methods/1", "shape": "a small shape", "dtype": "torch.float32", "environment": {"threads": 2, "device": "a CPU"},
         "one_view": part | {"methods": {"grid": measured(1.8, 2.0, 64.0)}},
         "tiled": part | {"methods": {"globalcom2": measured(2.0, 2.1, 366.0)}},
     }  # fmt: skip
@@ -106,3 +106,22 @@ def test_a_bench_file_becomes_a_table_of_speed_ratios(tmp_path):
     page = fill("<!-- results/bench.json -->\n<!-- end -->", tmp_path)
     assert "\n| grid | 64 | 1.80 | 2.00 | 0.90 |\n| globalcom2 | 366 | 2.00 | 2.10 | 0.95 |\n" in page
     assert "a small shape; float32, 2 threads of a CPU." in page and "uncompressed 4.0 and 4.0 s" in page
+
+
+def test_a_gpu_bench_becomes_a_table_by_shape_and_batch(tmp_path):
+    def case(milliseconds, **speedup):
+        return {"ms": {"end_to_end": {"median": milliseconds}}, "speedup": speedup}
+
+    bench = {
+        "schema": "vlmcompress.bench-gpu/1", "new_tokens": 8, "text_tokens": 60, "dtype": "bfloat16", "weights": "random",
+        "environment": {"torch": "2.11", "transformers": "5.17", "device": "a GPU"},
+        "cells": [
+            {"shape": "a", "batch": 1, "visual_tokens": 576, "cases": {"uncompressed": case(184.2), "grid": case(92, end_to_end=2.0)}},
+            {"shape": "b", "batch": 4, "visual_tokens": 144, "cases": {"uncompressed": case(50.0), "pool": case(40, end_to_end=1.25)}},
+            {"shape": "b", "batch": 16, "error": "out of memory"},
+        ],
+    }  # fmt: skip
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gpu.json").write_text(json.dumps(bench))
+    page = fill("<!-- results/gpu.json -->\n<!-- end -->", tmp_path)
+    assert "\n| a, 1 | 576 | 184 | 2.00 | – |\n| b, 4 | 144 | 50 | – | 1.25 |\n" in page and "out of memory" not in page
