@@ -176,6 +176,10 @@ def bench_serve(out: Path, rounds: int, device: str, *, clients: tuple[int, ...]
     flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}', "--dtype", "bfloat16"]
     if device == "cpu":
         flags.append("--enforce-eager")
+    measured = []
+    for words, config in shapes(device).items():
+        measured.append(_shape(words, config, flags, clients, rounds))
+        Console().print(table(measured[-1]))
     report = {
         "schema": SCHEMA,
         "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
@@ -184,11 +188,9 @@ def bench_serve(out: Path, rounds: int, device: str, *, clients: tuple[int, ...]
         "entry": {"method": METHOD, "keep": KEEP},
         "load": asdict(Load(0, rounds)) | {"clients": list(clients), "requests_at_least": LEAST},
         "target": {"gain": TARGETS[device.partition(":")[0]], "clients": max(clients)},
-        "shapes": [_shape(words, config, flags, clients, rounds) for words, config in shapes(device).items()],
+        "shapes": measured,
     }
     write_json(path, report)
-    for shape in report["shapes"]:
-        Console().print(table(shape))
     Console().print(f"Written: {path}", highlight=False)
     return report
 
