@@ -13,6 +13,7 @@ pytest.importorskip("easy_vqa")
 pytest.importorskip("accelerate")
 pytest.importorskip("torchvision")
 
+from models import AHEAD
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -75,6 +76,8 @@ def test_collator_reads_what_the_stock_processor_and_model_read(started, name):
     """Pixels, grid, ids and M-RoPE positions: bit by bit, since answers are asked through the processor."""
     processor, media = qwen_processor(), shown(name)
     kind = "image" if name == "picture" else "video"
+    if kind == "video" and not AHEAD:
+        pytest.skip("this transformers counts the time of a video in other steps")
     text = prompt_of(processor, turn("what shape is red ?", media))
     stock = processor(text=[text], return_tensors="pt", **{f"{kind}s": [media]})
     positions, _ = started.model.get_rope_index(

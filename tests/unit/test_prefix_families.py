@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import BEAMS, IMAGE, cached
+from models import AHEAD, BEAMS, IMAGE, cached
 from models_tiles import FAMILIES, one_row, prompts
 from reference import embeddings, entering, real_slots
 from reference_prefix import blocks_of, reference
@@ -130,6 +130,8 @@ def test_without_token_types(made):
 @torch.no_grad()
 def test_new_image_in_the_second_turn(made):
     family, model = made
+    if model.config.model_type == "gemma3" and not AHEAD:
+        pytest.skip("the stock Gemma 3 of this transformers takes no second image on a cache either")
     first, second = prompts(family, model, [[4, ONE, 3]]), prompts(family, model, [[2, ONE, 5]], seed=5)
     both = {k: torch.cat([first[k], second[k]], 1) for k in ("input_ids", "attention_mask", "token_type_ids")}
     base = positions(model, both["attention_mask"])
