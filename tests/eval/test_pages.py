@@ -97,7 +97,8 @@ def test_a_bench_file_becomes_a_table_of_speed_ratios(tmp_path):
 
     part = {"uncompressed": {"prefill_ms": {"median": 4000.0, "runs": 10}}}
     bench = {
-        "schema": "vlmcompress.bench-methods/1", "shape": "a small shape", "dtype": "torch.float32", "environment": {"threads": 2, "device": "a CPU"},
+        "schema": "vlmcompress.bench-methods/1",
+        "shape": "a small shape", "dtype": "torch.float32", "environment": {"threads": 2, "device": "a CPU"},
         "one_view": part | {"methods": {"grid": measured(1.8, 2.0, 64.0)}},
         "tiled": part | {"methods": {"globalcom2": measured(2.0, 2.1, 366.0)}},
     }  # fmt: skip
@@ -112,12 +113,14 @@ def test_a_gpu_bench_becomes_a_table_by_shape_and_batch(tmp_path):
     def case(milliseconds, **speedup):
         return {"ms": {"end_to_end": {"median": milliseconds}}, "speedup": speedup}
 
+    grid = {"uncompressed": case(184.2), "grid": case(92, end_to_end=2.0)}
+    pool = {"uncompressed": case(50.0), "pool": case(40, end_to_end=1.25)}
     bench = {
         "schema": "vlmcompress.bench-gpu/1", "new_tokens": 8, "text_tokens": 60, "dtype": "bfloat16", "weights": "random",
         "environment": {"torch": "2.11", "transformers": "5.17", "device": "a GPU"},
         "cells": [
-            {"shape": "a", "batch": 1, "visual_tokens": 576, "cases": {"uncompressed": case(184.2), "grid": case(92, end_to_end=2.0)}},
-            {"shape": "b", "batch": 4, "visual_tokens": 144, "cases": {"uncompressed": case(50.0), "pool": case(40, end_to_end=1.25)}},
+            {"shape": "a", "batch": 1, "visual_tokens": 576, "cases": grid},
+            {"shape": "b", "batch": 4, "visual_tokens": 144, "cases": pool},
             {"shape": "b", "batch": 16, "error": "out of memory"},
         ],
     }  # fmt: skip
