@@ -67,12 +67,12 @@ def _why_missing(kind: str, name: str) -> str:
 # the tasks ------------------------------------------------------------------------------------------------------------
 def base_files(tasks: Iterable[str]) -> dict[str, Path]:
     """The YAML file of each task, ours or lmms-eval's. Raises ``ValueError`` for a task that neither has."""
-    from lmms_eval.tasks import TaskManager
+    from .lmms.documents import task_manager
 
     found = {task: TASKS / f"{task}.yaml" for task in tasks}
     foreign = [task for task, file in found.items() if not file.is_file()]
     if foreign:
-        index = TaskManager(verbosity="ERROR").task_index
+        index = task_manager().task_index
         unknown = [task for task in foreign if index.get(task, {}).get("type") != "task"]
         if unknown:
             raise ValueError(f"This version of lmms-eval has no task {', '.join(unknown)}.")

@@ -8,6 +8,8 @@ the tasks of this package.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,23 @@ def manifest() -> Any:
         chat_class_path="vlmcompress.eval.lmms.model.CompressedModel",
         simple_class_path="vlmcompress.eval.lmms.model.SimpleCompressedModel",
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of lmms-eval's log is shown meanwhile; afterwards every setting of it (loguru) is what it was.
+
+    Indexing its tasks tells of each of its files that is no task, for debugging.
+    """
+    from loguru import logger
+
+    # loguru can switch a package's log off and on, but not tell how it was
+    core = logger._core  # type: ignore[attr-defined]
+    with core.lock:
+        before = core.activation_list, core.enabled
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        with core.lock:
+            core.activation_list, core.enabled = before

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..loading import first_sentence
 from ..tasks.base import Sample, digest
+from . import quiet
 from .model import settings_of
 
 MODEL = "vlmcompress"  # lmms-eval lets a task's prompt depend on the model's name
@@ -126,15 +127,16 @@ def _file(path: Path) -> ConfigurableMessagesTask:
 
 
 @lru_cache(maxsize=1)
-def _index() -> TaskManager:
-    """lmms-eval reads more than a thousand YAML files for this."""
-    return TaskManager(verbosity="ERROR", model_name=MODEL)
+def task_manager() -> TaskManager:
+    """What knows all of lmms-eval's tasks; it reads more than a thousand YAML files for this."""
+    with quiet():
+        return TaskManager(verbosity="ERROR", model_name=MODEL)
 
 
 def _named(name: str) -> ConfigurableMessagesTask:
     from ..tasks.base import tasks
 
-    manager = _index()
+    manager = task_manager()
     if name not in manager.all_tasks:
         raise ValueError(f"There is no task '{name}'; the tasks are {', '.join(tasks())} and those of lmms-eval.")
     if name not in manager.all_subtasks:

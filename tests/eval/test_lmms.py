@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 import vlmcompress
 from vlmcompress.commands.evaluate import Settings, evaluate
-from vlmcompress.eval.lmms import TASKS
+from vlmcompress.eval.lmms import TASKS, quiet
 from vlmcompress.eval.loading import encode, load
 from vlmcompress.eval.rows import Row
 from vlmcompress.eval.runner import run_rows
@@ -47,6 +47,21 @@ def loaded():
 def samples():
     """What ``--limit`` of lmms-eval takes: the first questions."""
     return {task: load_task(task)[:LIMIT] for task in ("scenes", "easy-vqa")}
+
+
+def test_indexing_the_tasks_says_nothing():
+    """The first of this module's tests to need them."""
+    from loguru import logger
+
+    from vlmcompress.eval.lmms.documents import task_manager
+
+    lines: list[str] = []
+    sink = logger.add(lines.append)
+    try:
+        assert "gqa" in task_manager().all_tasks
+    finally:
+        logger.remove(sink)
+    assert not lines
 
 
 def agree(folder, loaded, row, samples, tmp_path):
@@ -228,3 +243,36 @@ def test_what_compress_refuses_is_refused_here():
     ]:
         with pytest.raises(ValueError, match=says):
             CompressedModel(MODEL, device="cpu", **arguments)
+
+
+SETTINGS = {
+    "none": lambda logger: None,
+    "its log off": lambda logger: logger.disable("lmms_eval"),
+    "all logs off but one": lambda logger: (logger.disable(""), logger.enable("lmms_eval.tasks")),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_lmms_s_log_is_quiet_for_a_while_only(setting):
+    from loguru import logger
+
+    lines: list[str] = []
+    said = {"__name__": "lmms_eval.tasks"}, {"__name__": "lmms_eval.api"}, {"__name__": "ours"}
+
+    def speak() -> list[str]:
+        lines.clear()
+        for module in said:
+            exec("from loguru import logger; logger.debug(__name__)", module)
+        return [line.strip() for line in lines]
+
+    core = logger._core
+    stock, sink = (core.activation_list, core.enabled.copy()), logger.add(lines.append, format="{message}")
+    try:
+        SETTINGS[setting](logger)
+        before = speak()
+        with quiet():
+            assert not [line for line in speak() if line.startswith("lmms_eval")]
+        assert speak() == before
+    finally:
+        logger.remove(sink)
+        core.activation_list, core.enabled = stock
