@@ -112,6 +112,10 @@ class FlexCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.rank = args.process_index
+        counted = [row for row in state.log_history if "visual_tokens" in row]
+        if counted:  # a run that goes on
+            self.visual_tokens = counted[-1]["visual_tokens"]
+            self.drawn.update({n: counted[-1][f"batches_at_{n}"] for n in self.schedule.counts})
         self._hook = base.register_forward_pre_hook(self._expand, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs):
