@@ -13,8 +13,9 @@ from ..dtypes import LongTensor
 from ..registry import register_adapter
 from ..tokens import Layout
 from .base import Adapter
+from .labels import numbered_frames
 from .raster import raster_blocks
-from .tiling import runs, tiled_layout
+from .tiling import VIDEO, runs, tiled_layout
 
 
 @register_adapter("internvl")
@@ -27,7 +28,8 @@ class InternVLAdapter(Adapter):
     arrangements that a number of tiles allows, the one whose picture is most like the thumbnail is taken, which both
     show in full. Without a prompt (features made ahead of it) every view counts as an image of its own.
 
-    The frames of a video stand in runs of their own, so each of them counts as an image.
+    The frames of a video come as views too, each in a run of its own behind a line that numbers it ("Frame2: "), by which
+    they are known; a prompt that numbers uncut images in exactly that form has a video of them.
     """
 
     joins_patches = True
@@ -91,12 +93,24 @@ class InternVLAdapter(Adapter):
         pixels, patch = given["pixel_values"], self.tower.config.patch_size
         grid = self.token_grid(tuple(pixels.shape[2 + axis] // patch[axis] // self.side for axis in (0, 1)))
         views = self._views(given.get("placeholders"), len(pixels), grid[0] * grid[1])
-        pieces = pixels.split(views)
-        return tiled_layout([arrangement(piece) for piece in pieces], grid, pixels.device)
+        tiles, pieces = [], list(pixels.split(views))
+        for n in self._frames(given, views, grid[0] * grid[1]):
+            tiles.append((VIDEO, n) if n > 1 else arrangement(pieces[0]))
+            del pieces[:n]
+        return tiled_layout(tiles, grid, pixels.device)
+
+    @staticmethod
+    def _frames(given: dict[str, Any], views: list[int], cells: int) -> list[int]:
+        """Number of runs that make each image (1) or video, where the prompt can be read."""
+        ids, marked = given.get("input_ids"), given.get("placeholders")
+        if ids is None or marked is None:
+            return [1] * len(views)
+        rows = zip(ids.tolist(), marked, strict=True)
+        return [n for row, here in rows for n in numbered_frames(row, runs(here), cells)]
 
     @staticmethod
     def _views(placeholders: Tensor | None, views: int, cells: int) -> list[int]:
-        """Number of views of each image."""
+        """Number of views of each run of placeholders."""
         if placeholders is None:
             return [1] * views
         lengths = [length for row in placeholders for _, length in runs(row)]

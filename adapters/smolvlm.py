@@ -13,8 +13,9 @@ from ..dtypes import LongTensor
 from ..registry import register_adapter
 from ..tokens import Layout
 from .base import Adapter
+from .labels import timed_frames
 from .raster import raster_blocks
-from .tiling import runs, tiled_layout
+from .tiling import VIDEO, runs, tiled_layout
 
 
 @register_adapter("idefics3")
@@ -24,8 +25,7 @@ class Idefics3Adapter(Adapter):
     The pixel shuffle joins the patches of a square block to one token. Every view is a run of placeholders behind two
     tokens, one that is the same for all and one that names the tile or the thumbnail, which is an image's last view; a
     line break ends every row of tiles. So the prompt, and only the prompt, tells which views belong together and how
-    they lie. Where it does not look like that (or is not known) every view counts as an image of its own, as the
-    frames of a video do.
+    they lie. Where it does not look like that (or is not known) every view counts as an image of its own.
     """
 
     joins_patches = True
@@ -73,27 +73,20 @@ class Idefics3Adapter(Adapter):
         real = self._real(pixels)
         mask = given.get("pixel_attention_mask")
         if mask is not None and not bool(mask.bool().flatten(2).all(2)[real].all()):
-            raise ValueError(
-                "Views with padding inside are not compressed; let the processor resize images to full tiles, as it does "
-                "by default."
-            )
+            raise ValueError("Views with padding inside are not compressed; full tiles, the processor's default, are.")
         grid = (pixels.shape[3] // step, pixels.shape[4] // step)
-        placeholders, ids = given.get("placeholders"), given.get("input_ids")
+        placeholders, ids, cells = given.get("placeholders"), given.get("input_ids"), grid[0] * grid[1]
         tiles: list[tuple[int, int]] = []
         for row, views in enumerate(real.sum(1).tolist()):
-            if placeholders is None or ids is None:
-                tiles += [(0, 0)] * views
-                continue
-            starts = [
-                start + cells * i
-                for cells in [grid[0] * grid[1]]
-                for start, length in runs(placeholders[row])
-                for i in range(length // cells)
-            ]
-            tiles += (
-                arrangements(ids[row].tolist(), starts, grid[0] * grid[1]) if len(starts) == views else [(0, 0)] * views
-            )
+            found = [] if placeholders is None or ids is None else runs(placeholders[row])
+            starts = [start + cells * i for start, length in found for i in range(length // cells)]
+            known = starts and len(starts) == views
+            tiles += self._read(ids[row].tolist(), starts, cells) if known else [(0, 0)] * views
         return tiled_layout(tiles, grid, pixels.device)
+
+    def _read(self, ids: list[int], starts: list[int], cells: int) -> list[tuple[int, int]]:
+        """(rows, columns) of the tiles of each image in one prompt; ``starts``: the first column of every view."""
+        return arrangements(ids, starts, cells)
 
     @staticmethod
     def _real(pixels: Tensor) -> Tensor:
@@ -107,7 +100,17 @@ class Idefics3Adapter(Adapter):
 
 @register_adapter("smolvlm")
 class SmolVLMAdapter(Idefics3Adapter):
-    """``SmolVLMForConditionalGeneration``, built like Idefics3."""
+    """``SmolVLMForConditionalGeneration``, built like Idefics3; frames behind their times ("Frame from 00:01:") are a video."""
+
+    def _read(self, ids: list[int], starts: list[int], cells: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        images: list[int] = []
+        for n in timed_frames(ids, starts, cells):
+            here, starts = starts[:n], starts[n:]
+            if n > 1:
+                found += [*arrangements(ids, images, cells), (VIDEO, n)]
+            images = [*images, *here] if n == 1 else []
+        return found + arrangements(ids, images, cells)
 
 
 def arrangements(ids: list[int], starts: list[int], cells: int) -> list[tuple[int, int]]:

@@ -31,6 +31,7 @@ from transformers import (
 TEXT_4 = {**TEXT, "eos_token_id": None}
 FAKE, GLOBAL, NEWLINE, NEWLINES, START, END = 80, 81, 82, 83, 84, 85
 TILE = 86  # the ids behind it name tiles
+FRAME, FROM, COLON, SPACE, ZERO = 60, 61, 62, 63, 64  # the ids behind it are digits
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 
 
@@ -105,9 +106,17 @@ class Family:
     size: int = 32
     tiled: bool = False
 
-    def written(self, model, tiles: tuple[int, int]) -> list[int]:
-        """Ids of one image cut into ``tiles`` (rows, columns); (0, 0): not cut."""
+    def written(self, model, tiles: tuple[int | str, int]) -> list[int]:
+        """Ids of one image cut into ``tiles`` (rows, columns), (0, 0): not cut; ``("video", n)``: of n frames."""
         kind, view = model.config.model_type, [IMAGE] * self.tokens
+        if tiles[0] == "video":
+            frames = range(tiles[1])
+            if kind == "internvl":
+                lines = [[FRAME, ZERO + 1 + i, COLON, SPACE, START, *view, END, NEWLINE] for i in frames]
+                return [token for line in lines for token in line][:-1]
+            times = [[ZERO, ZERO, COLON, ZERO, ZERO + i, COLON] for i in frames]
+            lines = [[NEWLINE, FRAME, FROM, SPACE, *time, FAKE, GLOBAL, *view, FAKE] for time in times]
+            return [token for line in lines for token in line]
         rows, cols = tiles
         if kind == "internvl":
             return [START, *view * (rows * cols + bool(rows * cols) or 1), END]
@@ -123,6 +132,8 @@ class Family:
         return [*ids, FAKE, GLOBAL, *view, FAKE]
 
 
+#: families whose processors take videos, as frames among the images
+VIDEOS = ("internvl", "smolvlm")
 FAMILIES = {
     "internvl": Family(internvl, tiled=True),
     "internvl-qk-norm": Family(
@@ -168,9 +179,11 @@ def prompts(family: Family, model, spec: list[list], side: str = "left", seed: i
     return inputs
 
 
-def picture(tiles: tuple[int, int], size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Views [3, size, size] of a random picture: its tiles in raster order, then its thumbnail."""
+def picture(tiles: tuple[int | str, int], size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Views [3, size, size] of a random picture: its tiles in raster order, then its thumbnail; or of a random video."""
     rows, cols = tiles
+    if rows == "video":
+        return [torch.randn(3, size, size, generator=generator) for _ in range(cols)]
     if not rows * cols:
         return [torch.randn(3, size, size, generator=generator)]
     whole = torch.nn.functional.interpolate(
@@ -181,11 +194,15 @@ def picture(tiles: tuple[int, int], size: int, generator: torch.Generator) -> li
     return [*cut, small[0]]
 
 
+def views_of(part: tuple[int | str, int]) -> int:
+    return part[1] if part[0] == "video" else part[0] * part[1] + 1
+
+
 def one_row(inputs: dict[str, torch.Tensor], spec: list[list], row: int) -> dict[str, torch.Tensor]:
     """One row of a left-padded batch without its padding and with its own images."""
     n = int(inputs["attention_mask"][row].sum())
     alone = {k: v[row : row + 1, -n:] for k, v in inputs.items() if k != "pixel_values"}
-    views = [sum(p[0] * p[1] + 1 for p in parts if isinstance(p, tuple)) for parts in spec]
+    views = [sum(views_of(p) for p in parts if isinstance(p, tuple)) for parts in spec]
     pixels = inputs.get("pixel_values")
     if pixels is None or not views[row]:
         return alone

@@ -103,10 +103,11 @@ def _qwen(name: str, video: bool) -> Family:
     )
 
 
-def _tiles(name: str) -> Family:
+def _tiles(name: str, video: bool = False) -> Family:
     family = models_tiles.FAMILIES[name]
     tiles = [(2, 2), (1, 2)] if family.tiled else [(0, 0), (0, 0)]
-    spec: list[list] = [[5, tiles[0], 7], [9, tiles[1], 4]]
+    parts = [("video", 4), ("video", 3)] if video else tiles
+    spec: list[list] = [[5, parts[0], 7], [9, parts[1], 4]]
     return Family(
         family.build,
         lambda model: models_tiles.prompts(family, model, spec),
@@ -122,6 +123,7 @@ FAMILIES = {
     **{name: _qwen(name, False) for name in models_qwen.FAMILIES},
     **{f"{name} video": _qwen(name, True) for name in models_qwen.FAMILIES},
     **{name: _tiles(name) for name in ("internvl", "smolvlm", "idefics3", "gemma3", "paligemma")},
+    **{f"{name} video": _tiles(name, True) for name in models_tiles.VIDEOS},
 }
 
 

@@ -47,7 +47,8 @@ def _qwen(name: str) -> Stories:
 def _tiles(name: str) -> Stories:
     family = models_tiles.FAMILIES[name]
     a, b = ((2, 2), (1, 2)) if family.tiled else ((0, 0), (0, 0))
-    return Stories(family.build, partial(models_tiles.prompts, family), _specs(a, b))
+    video = ("video", 3) if name in models_tiles.VIDEOS else None
+    return Stories(family.build, partial(models_tiles.prompts, family), _specs(a, b, video))
 
 
 STORIES = {

@@ -96,7 +96,7 @@ class TokenFlex(Method):
                 "the two would mix."
             )
         state["flops"] = tokens.rows.numel()
-        if layout.thumbnail is None:
+        if not layout.by_views:
             targets = [self._target(tokens_to_keep(self.keep, h * w), h, w) for h, w in layout.grid]
             if [h * w for h, w in targets] == layout.n:
                 return None
