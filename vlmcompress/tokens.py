@@ -8,6 +8,7 @@ the language model, :class:`Frame` the sequence that a range of its layers sees.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class Layout:
     def __len__(self) -> int:
         return len(self.n)
 
-    @property
+    @cached_property
     def batch_index(self) -> LongTensor:
         """[I, 1] batch row of each image, on the layout's device."""
         return torch.tensor(self.sample, device=self.cell.device)[:, None]

@@ -242,9 +242,11 @@ class PrefillLayer:
         """
         slots, valid = self.frame.slots()
         chosen = chosen & valid
-        mask = ~self.frame.visual
-        mask[self.layout.batch_index.expand_as(slots)[chosen], slots[chosen]] = True
-        return Cut(mask, counts if counts is not None else chosen.sum(1).tolist())
+        visual = self.frame.visual
+        # by scatter, not by a boolean index, which a GPU would have to be waited for; the others land in a spare place
+        place = (self.layout.batch_index * visual.shape[1] + slots).masked_fill(~chosen, visual.numel())
+        kept = visual.new_zeros(visual.numel() + 1).scatter(0, place.flatten(), True)[:-1].view_as(visual)
+        return Cut(kept | ~visual, counts if counts is not None else chosen.sum(1).tolist())
 
 
 @dataclass
