@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 from serving.engine import folders
-from serving.engine.asking import NEW_TOKENS, Request, by_engine
+from serving.engine.asking import NEW_TOKENS, Request, answers, by_engine, by_transformers, questions
+from serving.engine.conftest import ASSETS
 from serving.engine.test_families import noise
+from serving.engine.widened import widen_qwen
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmcompress
@@ -80,6 +82,20 @@ def test_placeholders_follow_the_size(start, folder):
     with pytest.raises(ValueError, match="send pixels instead of embeddings"):
         by_engine(llm, [Request(PROMPTS[0].text, ready)])
     assert by_engine(llm, PROMPTS[:1])[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def test_answers_of_sixty_questions(start, tmp_path):
+    """The small model that this project ships, whose answers mean something."""
+    source = ASSETS / "models" / "tiny-qwen2.5-vl"
+    llm = switched_on(start(widen_qwen(source, tmp_path / "wide"), {"method": "vtc-cls", "keep": 0.25}))
+    processor, model = AutoProcessor.from_pretrained(source), AutoModelForImageTextToText.from_pretrained(source).eval()
+    requests = questions(processor, 60)
+    outputs = by_engine(llm, requests)
+    assert {output.prompt_token_ids.count(model.config.image_token_id) for output in outputs} == {36}
+    uncompressed = by_transformers(model, processor, requests)
+    with vlmcompress.compress(model, "vtc-cls", keep=0.25):
+        assert answers(outputs) == by_transformers(model, processor, requests)
+    assert answers(outputs) != uncompressed
 
 
 def image_width(llm) -> int:
