@@ -46,6 +46,7 @@ lint: $(STAMP)
 
 # one torch thread per worker: two workers with two threads each on two cores are slower than this
 test: lint
+	$(BIN)/python -m pip install -q -e ".[dev,quantised]"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not browser"
 
 # the demo in a headless Chromium of the system; `make demo-pictures` writes the pictures of docs/demo
@@ -72,7 +73,7 @@ demo-speed: $(STAMP)
 # WORKERS=1: on a machine that is busy
 test-oldest:
 	$(MAKE) setup VENV=$(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q "transformers==5.16.*"
+	$(OLDEST)/bin/python -m pip install -q -e ".[dev,quantised]" "transformers==5.16.*"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) -m "not browser"
 
 # vLLM's build for CPUs asks for one of torch that does not go with PyPI's torchvision: the overrides name both
