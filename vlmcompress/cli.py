@@ -252,6 +252,7 @@ class Bench(str, Enum):
     GPU = "gpu"
     ENCODERS = "encoders"
     SELECTION = "selection"
+    PROJECTOR = "projector"
     SERVE = "serve"
 
 
@@ -262,7 +263,7 @@ def bench(
         typer.Argument(
             help="limit: distance to the speed limit; methods: all of them; cache: its policies; stages: every part of one "
             "answer; gpu: 7B shapes by part, kernel and batch; serve: vLLM under load; encoders: clustered and pruned "
-            "ViT-B/16; selection: choosing spread-out tokens."
+            "ViT-B/16; selection: choosing spread-out tokens; projector: TokenFLEX beside a tower."
         ),
     ] = (Bench.LIMIT),
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
@@ -276,6 +277,7 @@ def bench(
     from .commands.bench_encoders import bench_encoders
     from .commands.bench_gpu import bench_gpu
     from .commands.bench_methods import bench_methods
+    from .commands.bench_projector import bench_projector
     from .commands.bench_selection import bench_selection
     from .commands.bench_serve import bench_serve
     from .commands.bench_stages import bench_stages
@@ -289,6 +291,7 @@ def bench(
         Bench.GPU: bench_gpu,
         Bench.ENCODERS: bench_encoders,
         Bench.SELECTION: bench_selection,
+        Bench.PROJECTOR: bench_projector,
         Bench.SERVE: bench_serve,
     }
     kinds[what](out, rounds, device)
