@@ -7,7 +7,7 @@
     <!-- end -->
 
 with the named methods of ``results/NAME/report.json`` (all of them where none is named), or, where ``results/NAME`` is a
-file of ``vlmcompress bench methods`` or ``bench gpu``, with its speed ratios; a test holds the pages to it.
+file of ``vlmcompress bench methods`` or ``bench gpu``, with its speed ratios. ``<!-- families -->`` stands for a line per family of the support matrix. A test holds the pages to it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..catalog import recorded
 from .results import load_report
 from .rows import UNCOMPRESSED
 
 #: where results lie, seen from this file
 ROOT = Path(__file__).resolve().parents[1]
+_FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- end -->)", re.DOTALL)
 _MARK = re.compile(r"(<!-- (results/[\w.-]+)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -42,7 +44,25 @@ def fill(text: str, root: Path = ROOT) -> str:
         chosen = [name.strip() for name in names.split(",")] if names else None
         return f"{start}{compact(load_report(root / folder / 'report.json'), chosen)}\n{end}"
 
+    text = _FAMILIES.sub(lambda found: f"{found[1]}{families()}\n{found[2]}", text)
     return _MARK.sub(table, text)
+
+
+def families() -> str:
+    """A line per family: how many of the methods in the support matrix work on its pictures and on its videos."""
+    cells = recorded()
+    columns = list(next(iter(cells.values())))
+
+    def working(column: str) -> str:
+        if column not in columns:
+            return "–"
+        return f"{sum(not row[column] for row in cells.values())} of {len(cells)} methods"
+
+    lines = ["| `model_type` | pictures | videos |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {working(name)} | {working(f'{name} video')} |" for name in columns if not name.endswith(" video")
+    ]
+    return "\n".join(lines)
 
 
 def compact(report: dict[str, Any], methods: Sequence[str] | None = None) -> str:

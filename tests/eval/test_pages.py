@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from vlmcompress.catalog import families, recorded
 from vlmcompress.eval.pages import compact, fill, main
 from vlmcompress.eval.results import SCHEMA
 
@@ -128,3 +129,15 @@ def test_a_gpu_bench_becomes_a_table_by_shape_and_batch(tmp_path):
     (tmp_path / "results" / "gpu.json").write_text(json.dumps(bench))
     page = fill("<!-- results/gpu.json -->\n<!-- end -->", tmp_path)
     assert "\n| a, 1 | 576 | 184 | 2.00 | – |\n| b, 4 | 144 | 50 | – | 1.25 |\n" in page and "out of memory" not in page
+
+
+def test_families_are_counted_from_the_matrix():
+    cells, lines = recorded(), fill("<!-- families -->\nold\n<!-- end -->\nafter").splitlines()
+    works = sum(not row["internvl video"] for row in cells.values())
+    assert any(
+        line.startswith("| internvl | ") and line.endswith(f"| {works} of {len(cells)} methods |") for line in lines
+    )
+    assert sum(line.endswith("| – |") for line in lines) == sum(
+        f"{name} video" not in cells["none"] for name in families()
+    )
+    assert lines[-2:] == ["<!-- end -->", "after"] and "old" not in lines
