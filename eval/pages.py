@@ -7,7 +7,8 @@
     <!-- end -->
 
 with the named methods of ``results/NAME/report.json`` (all of them where none is named), or, where ``results/NAME`` is a
-file of ``vlmcompress bench methods`` or ``bench gpu``, with its speed ratios. ``<!-- families -->`` stands for a line per family of the support matrix. A test holds the pages to it.
+file of ``vlmcompress bench methods`` or ``bench gpu``, with its speed ratios. ``<!-- families -->`` stands for a line per
+family of the support matrix. A test holds the pages to it.
 """
 
 from __future__ import annotations
