@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -346,11 +347,12 @@ def explain(error: BaseException) -> str | None:
 
 def main(args: Sequence[str] | None = None) -> Any:
     """Entry point of the script ``vlmcompress``."""
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
     # this process is ours: bars and advice of the libraries would hide the one sentence that matters
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, where it is installed
     try:
         code = app(args, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
