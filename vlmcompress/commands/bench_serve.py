@@ -28,8 +28,8 @@ from rich.table import Table
 from ..serving.load import Load, run
 from .bench import result_path
 
-SCHEMA = "vlmcompress.bench-serve/2"
-KEEP, METHOD = 0.25, "vtc-cls"
+SCHEMA = "vlmcompress.bench-serve/3"
+KEEP = 0.25
 CLIENTS = (1, 16, 64)
 #: requests that a number of clients sends in all, at least
 LEAST = 8
@@ -40,17 +40,18 @@ NAME = "served"
 PATIENCE = 1800
 
 
-def shapes(device: str) -> dict[str, Any]:
-    """What is served, in words, and its configuration."""
+def shapes(device: str) -> list[tuple[str, Any, str]]:
+    """What is served in words, its configuration, and the method; `resize` spares a large tower too."""
     from ..eval import limit, presets
 
     if device != "cpu":
-        return {"LLaVA-1.5-7B, random weights": presets.load_config("llava-1.5-7b")}
+        return [("LLaVA-1.5-7B, random weights", presets.load_config("llava-1.5-7b"), "vtc-cls")]
     share = (
         "the same with a tower of 4 layers × 256 and a Llama of 8 layers × 1024: the tower is 4 % of a prompt's FLOPs, as in "
         "LLaVA-1.5-7B"
     )
-    return {limit.CPU_SHAPE: limit.cpu_shape(), share: thin_tower()}
+    whole = limit.cpu_shape()
+    return [(limit.CPU_SHAPE, whole, "vtc-cls"), (share, thin_tower(), "vtc-cls"), (limit.CPU_SHAPE, whole, "resize")]
 
 
 def thin_tower() -> Any:
@@ -167,7 +168,8 @@ def bench_serve(out: Path, rounds: int, device: str, *, clients: tuple[int, ...]
     """Measure, print, and write ``out/serve-DEVICE-torchVERSION.json``.
 
     ``rounds``: requests that every client sends, one after the other (few clients send more, ``LEAST`` in all). Both
-    servers of a shape run throughout; the idle one sleeps.
+    servers of a shape run throughout; the idle one sleeps. The file is renewed after every shape; a shape that it holds
+    already, measured in the same way, is not measured again.
     """
     from ..eval import results
     from ..eval.store import write_json
@@ -176,31 +178,44 @@ def bench_serve(out: Path, rounds: int, device: str, *, clients: tuple[int, ...]
     flags = ["--max-model-len", "1024", "--seed", "0", "--limit-mm-per-prompt", '{"image": 1}', "--dtype", "bfloat16"]
     if device == "cpu":
         flags.append("--enforce-eager")
-    measured = []
-    for words, config in shapes(device).items():
-        measured.append(_shape(words, config, flags, clients, rounds))
-        Console().print(table(measured[-1]))
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "command": f"vlmcompress bench serve --rounds {rounds} --device {device}",
         "environment": {**results.environment(device), "vllm": engine},
         "flags": flags,
-        "entry": {"method": METHOD, "keep": KEEP},
+        "keep": KEEP,
         "load": asdict(Load(0, rounds)) | {"clients": list(clients), "requests_at_least": LEAST},
         "target": {"gain": TARGETS[device.partition(":")[0]], "clients": max(clients)},
-        "shapes": measured,
+        "shapes": [],
     }
-    write_json(path, report)
+    report["shapes"] = _measured(path, report)
+    for words, config, method in shapes(device):
+        if any((shape["shape"], shape["method"]) == (words, method) for shape in report["shapes"]):
+            continue
+        report["shapes"].append(_shape(words, config, method, flags, clients, rounds))
+        write_json(path, report)
+        Console().print(table(report["shapes"][-1]))
     Console().print(f"Written: {path}", highlight=False)
     return report
 
 
-def _shape(words: str, config: Any, flags: list[str], clients: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def _measured(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Shapes in the file that an earlier run left, where it measured as ``report`` does."""
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before.get(key) == json.loads(json.dumps(value)) for key, value in report.items() if key != "shapes")
+    return before["shapes"] if same else []
+
+
+def _shape(
+    words: str, config: Any, method: str, flags: list[str], clients: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
     """Both servers of one shape under load. ``promise``: by how much one prompt's FLOPs shrink, tower inside."""
     from ..eval import truesize
 
-    entry, load = {"method": METHOD, "keep": KEEP}, Load(1, rounds)
-    counted = truesize.count(config, METHOD, {"keep": KEEP}, image=(load.edge, load.edge), text_tokens=load.words)
+    entry, load = {"method": method, "keep": KEEP}, Load(1, rounds)
+    counted = truesize.count(config, method, {"keep": KEEP}, image=(load.edge, load.edge), text_tokens=load.words)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         name = str(write_model(config, home / "model"))
@@ -210,7 +225,7 @@ def _shape(words: str, config: Any, flags: list[str], clients: tuple[int, ...], 
         ):
             rows = asyncio.run(_levels({"uncompressed": plain, "compressed": small}, clients, rounds))
     promise = counted.uncompressed.full / counted.compressed.full
-    return {"shape": words, "parameters": counted.parameters, "promise": promise, "levels": rows}
+    return {"shape": words, "method": method, "parameters": counted.parameters, "promise": promise, "levels": rows}
 
 
 def _vllm_version() -> str:
@@ -236,7 +251,7 @@ async def _levels(addresses: dict[str, str], clients: tuple[int, ...], rounds: i
 
 def table(shape: dict[str, Any]) -> Table:
     """The numbers of one shape, two lines per number of clients."""
-    title = f"{shape['shape']}; FLOPs of a prompt: {shape['promise']:.2f} times fewer"
+    title = f"{shape['method']} on {shape['shape']}; FLOPs of a prompt: {shape['promise']:.2f} times fewer"
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in (
         "clients", "", "requests/s", "first token, ms p50", "p99", "between tokens, ms p50", "p99", "KV blocks at most",

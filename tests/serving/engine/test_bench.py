@@ -13,7 +13,7 @@ def test_two_servers_are_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     config = bench_serve.thin_tower()
     config.text_config.num_hidden_layers = 2
-    monkeypatch.setattr(bench_serve, "shapes", lambda device: {"a small one": config})
+    monkeypatch.setattr(bench_serve, "shapes", lambda device: [("a small one", config, "vtc-cls")])
     bench_serve.bench_serve(tmp_path, 1, "cpu", clients=(1, 3))
     (path,) = tmp_path.iterdir()
     (shape,) = json.loads(path.read_text())["shapes"]
@@ -28,4 +28,7 @@ def test_two_servers_are_measured(monkeypatch, tmp_path, capsys):
             assert found["requests_per_second"] > 0 and found["preemptions"] == 0
             assert found["first_token_ms"]["p50"] <= found["first_token_ms"]["p99"]
             assert found["between_tokens_ms"]["p50"] > 0
-    assert "a small one" in capsys.readouterr().out
+    assert "vtc-cls on a small one" in capsys.readouterr().out
+    stamp = path.stat().st_mtime_ns
+    assert bench_serve.bench_serve(tmp_path, 1, "cpu", clients=(1, 3))["shapes"] == [shape]
+    assert path.stat().st_mtime_ns == stamp  # what is there already is not measured again
