@@ -88,7 +88,7 @@ def tiny_qwen(
     threads: Threads = None,
     share: Share = 1.0,
 ) -> None:
-    """Train tiny-qwen2.5-vl from tiny-llava's language model (40 minutes on two CPU cores, a GPU is used)."""
+    """Train tiny-qwen2.5-vl from tiny-llava's language model (on a GPU where there is one)."""
     from .tiny_qwen import QwenRecipe, train_tiny_qwen
 
     _must_be_model(base)
