@@ -80,7 +80,8 @@ class _Lookahead:
         for left in range(steps - 1, 0, -1):
             if chosen not in self.cosines:
                 ahead = self._ahead(chosen, min(left, self.most, 4 + 2 * hits)) if len(found) > 1 else [chosen]
-                self.cosines.update(zip(ahead, self._products(torch.tensor(ahead)), strict=True))
+                rows = thin_product(self._units(torch.tensor(ahead)), self.x).mul_(self.per_length)
+                self.cosines.update(zip(ahead, rows.numpy(), strict=True))
                 hits = 0
             self.join(self.score, self.cosines[chosen], out=self.score)
             self.score[chosen] = np.inf
@@ -93,14 +94,14 @@ class _Lookahead:
         pool = np.argpartition(self.score, self.pool - 1)[: self.pool]
         if chosen not in pool:  # more tokens tie than the pool holds
             pool[0] = chosen
-        pool.sort()
-        index = torch.from_numpy(pool)
-        among, score = self._products(index, index), self.score[pool]
+        units = self._units(torch.from_numpy(pool))
+        among, score = (units @ units.mT).numpy(), self.score[pool]
+        tokens = pool.tolist()
         found: list[int] = []
-        place = int(pool.searchsorted(chosen))
+        place = tokens.index(chosen)
         for _ in range(2 * count):
-            if pool[place] not in self.cosines:
-                found.append(int(pool[place]))
+            if tokens[place] not in self.cosines:
+                found.append(tokens[place])
             if len(found) == count:
                 break
             self.join(score, among[place], out=score)
@@ -108,12 +109,9 @@ class _Lookahead:
             place = int(score.argmin())
         return list(dict.fromkeys(found))
 
-    def _products(self, rows: LongTensor, columns: LongTensor | None = None) -> np.ndarray:
-        """[rows, columns] cosines of tokens; all columns without ``columns``."""
-        a, b, per_length = self.x[rows], self.x, self.per_length
-        if columns is not None:
-            b, per_length = self.x[columns], per_length[columns]
-        return thin_product(a, b).mul_(self.per_length[rows][:, None]).mul_(per_length).numpy()
+    def _units(self, tokens: LongTensor) -> Tensor:
+        """[len(tokens), C] their directions."""
+        return self.x[tokens] * self.per_length[tokens, None]
 
 
 def thin_product(a: Tensor, b: Tensor) -> Tensor:
