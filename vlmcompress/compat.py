@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,12 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
 
 def cache_keyword(callee: Callable) -> str:
     """The name that this version of transformers gives the cache argument of a function, or of a module's forward."""
-    parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    return _cache_parameter(getattr(type(callee), "forward", callee))
+
+
+@functools.cache
+def _cache_parameter(function: Callable) -> str:
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def merged_axes(tables: tuple[Tensor, Tensor], sections: list[int]) -> tuple[Tensor, Tensor]:

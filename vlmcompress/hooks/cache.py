@@ -60,17 +60,17 @@ class Logical:
         ``modality``: note in ``books["visual"]`` which entries are those of visual tokens.
         """
         batch, slots = frame.index.shape
-        length = self.stored
+        self.dropped += columns - slots
         if modality and frame.counts:
+            length = self.stored
             visual = self.books.get("visual")
             if visual is None:
                 visual = torch.zeros(batch, 1, length, dtype=torch.bool, device=self.keys.device)
             new = frame.visual[:, None].expand(-1, visual.shape[1], -1)
             self.books["visual"] = torch.cat([visual[..., : length - slots], new], dim=2)
-        self.dropped += columns - slots
         if frame.valid is not None:
             if self.valid is None:
-                self.valid = torch.ones(batch, 1, length, dtype=torch.bool, device=self.keys.device)
+                self.valid = torch.ones(batch, 1, self.stored, dtype=torch.bool, device=self.keys.device)
             self.valid = self.valid.clone()
             # a sliding layer holds no more than its window
             held = min(slots, self.valid.shape[-1])

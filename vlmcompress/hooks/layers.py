@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import LongTensor
+from ..tokens import Frame
 from ..views import PrefillLayer
 from .attention import rows_cost, rows_of, values
 from .cache import PrunableLayer, managed
@@ -39,7 +40,11 @@ def before_layer(
     store = run.cache.layers[index] if managed(run.cache) else None
     if store is not None and choosers:
         choose_entries(run, index, hidden, choosers, adapter)
-    if frame is not run.frames[0] or _uneven(run) or (isinstance(store, PrunableLayer) and store.selected is not None):
+    if (
+        frame is not run.frames[0]
+        or uneven(run, adapter)
+        or (isinstance(store, PrunableLayer) and store.selected is not None)
+    ):
         past, past_valid = (0, None) if store is None else (store.stored, store.valid)
         if isinstance(store, PrunableLayer):
             past, past_valid = shown(store)
@@ -58,15 +63,23 @@ def before_layer(
     return kwargs
 
 
-def _uneven(run: Run) -> bool:
+def uneven(run: Run, adapter: Adapter) -> bool:
     """Whether the cache's layers hold different entries, so that one mask and one set of positions cannot serve all."""
     if "uneven" not in run.prepared:
-        run.prepared["uneven"] = managed(run.cache) and (
-            len({(layer.stored, id(layer.valid), id(layer.shift)) for layer in run.cache.layers}) > 1
-            or (run.cache.layers[0].valid is not None and run.cache.layers[0].valid.shape[1] > 1)
-            or any(layer.hidden is not None for layer in run.cache.layers)
-        )
+        run.prepared["uneven"] = managed(run.cache) and _differ(run.cache.layers, run.frame, adapter)
     return run.prepared["uneven"]
+
+
+def _differ(layers: list[Any], frame: Frame, adapter: Adapter) -> bool:
+    """Whether managed ``layers`` need masks or positions of their own for the tokens of ``frame``."""
+    if any(layer.hidden is not None for layer in layers) or (
+        layers[0].valid is not None and layers[0].valid.shape[1] > 1
+    ):
+        return True
+    # one token behind entries that are all real sees all of them without a mask, however many a layer holds
+    plain = frame.index.shape[1] == 1 and frame.valid is None and adapter.text_config._attn_implementation != "eager"
+    plain = plain and all(isinstance(layer, PrunableLayer) and layer.valid is None for layer in layers)
+    return len({(0 if plain else layer.stored, id(layer.valid), id(layer.shift)) for layer in layers}) > 1
 
 
 def after_layer(

@@ -24,7 +24,7 @@ from .decoder import blank_labels, dropped_columns, enter, restore_length
 from .entry import check_features, choose, tokenwise, watch_projector
 from .eviction import settle
 from .join import join
-from .layers import after_layer, before_layer, watch_parts
+from .layers import after_layer, before_layer, uneven, watch_parts
 from .run import RUN_KEYWORD, Run, Vision
 from .takeover import check_cache
 from .tower import watch_tower
@@ -284,7 +284,8 @@ class Wiring:
         if not run.frames:
             return None
         self._local.run = run
-        if self._layerwise:
+        # a decoded token that every layer treats as the stock model does passes the layers untouched
+        if self._layerwise and (run.layout is not None or self._cache or uneven(run, self.adapter)):
             changed = {**(changed or kwargs), RUN_KEYWORD: run}
             run.inject(self.adapter.take_injected(changed))
         return None if changed is None else (args, changed)
