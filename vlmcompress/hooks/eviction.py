@@ -22,11 +22,25 @@ if TYPE_CHECKING:
     from ..method import Method
 
 
+def hand_over(store: PrunableLayer, method: Method) -> None:
+    """Give the books of ``store`` to ``method``: what another one has noted there means nothing to it."""
+    owner = store.memory.get("owner")
+    if owner is method:
+        return
+    if owner is not None and owner != method:
+        visual = store.books.get("visual")
+        store.books, store.memory = {} if visual is None else {"visual": visual}, {}
+        store.hidden = None
+    store.memory["owner"] = method
+
+
 def choose_entries(run: Run, index: int, hidden: Tensor, methods: list[Method], adapter: Adapter) -> None:
     """Before a decoder layer runs: let the methods say which of its older entries the new tokens ``hidden`` shall see."""
     store = run.cache.layers[index]
     if not isinstance(store, PrunableLayer) or not store.stored:
         return
+    for method in methods:
+        hand_over(store, method)
     layer, frame = adapter.decoder_layers[index], run.frame
 
     def query(positions: LongTensor | None) -> Tensor:
@@ -59,6 +73,7 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
     store = run.cache.layers[index]
     if not isinstance(store, PrunableLayer):
         return
+    hand_over(store, method)
     new, layer = inputs.shape[1], adapter.decoder_layers[index]
     cos, sin = (table.expand(len(inputs), -1, -1) for table in embeddings)
 

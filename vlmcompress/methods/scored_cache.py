@@ -78,11 +78,13 @@ class ScoredCache(Method):
 
     def _note_prompt(self, layer: CacheLayer) -> None:
         """Set the budgets by the prompt; the host learns their extremes once per prompt and layer."""
-        memory, new = layer.memory, layer.new
-        if "best" in memory and new == 1:
+        memory, n = layer.memory, layer.keys.shape[2]
+        if "best" in memory and layer.new == 1:
             return
+        # what a cache held before this method came to it belongs to the prompt
+        new: int | LongTensor = layer.new if "prompt" in memory else n
         if layer.valid is not None:
-            new = layer.valid[..., layer.valid.shape[-1] - new :].any(1).sum(1)
+            new = layer.valid[..., n - new :].sum(-1).amax(1)
         memory["prompt"] = prompt = memory.get("prompt", 0) + new
         best, recent, sinks = self.split(prompt)
         # shares of a prompt of a few tokens can all round to nothing, and something has to stay

@@ -77,6 +77,11 @@ class TokenSelect(Method):
 
     def attend(self, layer: AttendLayer, state: dict) -> LongTensor | None:
         n, new = layer.keys.shape[2], layer.new
+        if self.vote == "unrotated" and "plain" not in layer.books:
+            raise ValueError(
+                "'tokenselect' votes by keys without rotary embedding, which this cache does not hold for its older entries; "
+                "compress the model before the cache is filled, or take vote='rotated'."
+            )
         budget = self.sinks + self.select + self.local
         if budget >= n + new or new > self.local:
             return None
