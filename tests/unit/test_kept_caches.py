@@ -93,3 +93,67 @@ def test_votes_need_keys_from_the_start(model, before):
         turn(model, inputs, first)
     with vlmcompress.compress(model, "tokenselect", **options, vote="rotated"):
         turn(model, inputs, first)
+
+
+#: on a padded batch the stock model would see entries that are none, or miss some; see :meth:`Logical.check_led`
+LEFT_BEHIND = {
+    "fewer in one row": ("a2sf", {"budget": 0.3}, ["padded"]),
+    "hidden": ("h2o", {"heavy": 0.2, "recent": 0.2, "masked": True}, ["one", "padded"]),
+    "other positions": ("vtc-cls", {"keep": 9}, ["one", "padded"]),
+    "uneven layers": ("fastv", {"keep": 9}, ["one", "padded"]),
+}
+
+
+@pytest.mark.parametrize(("case", "spec"), [(case, spec) for case, row in LEFT_BEHIND.items() for spec in row[2]])
+@torch.no_grad()
+def test_the_stock_model_refuses_what_it_would_read_wrongly(model, case, spec):
+    """After ``remove``; the cache is left as it was, so that a compressed model can go on with it."""
+    name, options, _ = LEFT_BEHIND[case]
+    inputs = prompts(SPECS[spec], N)
+    with vlmcompress.compress(model, name, **options):
+        first = model.generate(**inputs, **GREEDY)
+        expected = turn(model, inputs, copy.deepcopy(first))
+    with pytest.raises(ValueError, match="stock model would read it wrongly"):
+        turn(model, inputs, first)
+    with vlmcompress.compress(model, name, **options):
+        found = turn(model, inputs, first)
+    assert found.sequences.equal(expected.sequences)
+
+
+@pytest.mark.parametrize(("name", "options"), [("h2o", {"heavy": 8, "recent": 4}), ("grid", {"keep": 9})])
+@torch.no_grad()
+def test_the_stock_model_goes_on_with_the_rest(model, name, options):
+    """Where positions and masks fit: as a compressed model that lets nothing go any more."""
+    inputs = prompts(SPECS["one"], N)
+    with vlmcompress.compress(model, name, **options, positions="original"):
+        first = model.generate(**inputs, **GREEDY)
+    with vlmcompress.compress(model, "lazyeviction", budget=10**6):
+        expected = turn(model, inputs, copy.deepcopy(first))
+    for mine, its in zip(turn(model, inputs, first).logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_removal_while_generating(model):
+    """The steps behind it are the stock model's, or it is refused; the next answer is the stock model's in any case."""
+    inputs = {spec: prompts(rows, N) for spec, rows in SPECS.items()}
+    stock = model.generate(**inputs["one"], **GREEDY)
+    for spec, options in (("one", {"heavy": 8, "recent": 4}), ("padded", {"heavy": 0.3, "recent": 0.1})):
+        handle = vlmcompress.compress(model, "h2o", **options)
+        steps = []
+
+        def off_after_two(ids, scores, steps=steps, handle=handle):
+            steps.append(ids)
+            if len(steps) == 2:
+                handle.remove()
+            return scores
+
+        def run(spec=spec, watch=off_after_two):
+            return model.generate(**inputs[spec], **GREEDY, logits_processor=[watch])
+
+        if spec == "one":
+            assert [layer.keys.shape[2] for layer in run().past_key_values.layers] == [12 + 4] * 4
+        else:
+            with pytest.raises(ValueError, match="stock model would read it wrongly"):
+                run()
+        assert model.generate(**inputs["one"], **GREEDY).sequences.equal(stock.sequences)

@@ -13,6 +13,11 @@ from ..dtypes import LongTensor
 from ..tokens import Frame
 from .growing import GrowingLayer
 
+STRANGER = (
+    "This cache gave up tokens while the model was compressed, and the stock model would read it wrongly; go on with a "
+    "compressed model, or start with a new cache."
+)
+
 
 class Logical:
     """What every kind of layer adds to its stock parent.
@@ -26,6 +31,9 @@ class Logical:
     [B, 1 or H_kv, n, ...] (new entries come in as zeros), ``memory`` holds whatever else; its tensors start with the
     batch. ``hidden`` [B, 1 or H_kv, n] or None: entries that stay, but are not shown to the next tokens. ``selected``
     [B, 1, m] or None: older entries that the next tokens see, all others being left out of that one call.
+
+    ``led``: a compressed model is at work on the layer. ``uneven``: other layers of the cache hold other numbers of
+    entries. Both tell when a stock model would go on wrongly, which :meth:`check_led` refuses.
     """
 
     def start_books(self) -> None:
@@ -37,6 +45,15 @@ class Logical:
         self.memory: dict[str, Any] = {}
         self.hidden: Tensor | None = None
         self.selected: LongTensor | None = None
+        self.led = self.uneven = False
+
+    def check_led(self, new: int) -> None:
+        """Raise ``ValueError`` when a stock model hands in ``new`` tokens behind entries that it cannot make sense of."""
+        if self.led:
+            return
+        ragged = self.dropped and self.valid is not None
+        if ragged or self.hidden is not None or self.shift is not None or (self.uneven and new > 1):
+            raise ValueError(STRANGER)
 
     @property
     def visible(self) -> Tensor | None:
@@ -60,6 +77,7 @@ class Logical:
         ``modality``: note in ``books["visual"]`` which entries are those of visual tokens.
         """
         batch, slots = frame.index.shape
+        self.led = False
         self.dropped += columns - slots
         if modality and frame.counts:
             length = self.stored
@@ -87,6 +105,7 @@ class Logical:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         new = key_states.shape[-2]
+        self.check_led(new)
         if self.valid is not None:
             self.valid = torch.nn.functional.pad(self.valid, (0, new), value=True)
         if self.hidden is not None:
@@ -214,6 +233,19 @@ class PrunableSlidingLayer(Logical, DynamicSlidingWindowLayer):
 def managed(cache: Cache | None) -> bool:
     """Whether compression has taken over this cache's layers."""
     return cache is not None and bool(cache.layers) and isinstance(cache.layers[0], Logical)
+
+
+def lead(cache: Cache) -> None:
+    """Note that a compressed model is about to work on a managed cache, once."""
+    for layer in cache.layers:
+        layer.led = True
+
+
+def note_lengths(cache: Cache) -> None:
+    """Note in every layer of a managed cache whether they all hold the same number of entries."""
+    uneven = len({layer.stored for layer in cache.layers}) > 1
+    for layer in cache.layers:
+        layer.uneven = uneven
 
 
 def by_modality(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..compat import cache_keyword, cache_of
 from ..dtypes import LongTensor
 from ..tokens import Frame, pack
-from .cache import managed
+from .cache import lead, managed
 from .masks import joined_mask
 from .run import Run, chunk_of
 from .takeover import flat_mask, manage
@@ -55,6 +55,7 @@ def enter(
     kwargs = dict(kwargs)
     if managed(run.cache):
         kwargs[cache_keyword(adapter.language_model)] = run.cache
+        lead(run.cache)
     if dropping:
         embeds = _with_replaced(run, embeds)
         kept = embeds.gather(1, _carried(run)[..., None].expand(-1, -1, embeds.shape[-1]))

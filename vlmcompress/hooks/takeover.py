@@ -38,8 +38,9 @@ class LogicalStaticLayer(Logical, StaticLayer):
     def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
         return self.max_cache_len, self.dropped
 
-    def update(self, *args, **kwargs):
-        return StaticLayer.update(self, *args, **kwargs)
+    def update(self, key_states: torch.Tensor, *args, **kwargs):
+        self.check_led(key_states.shape[-2])
+        return StaticLayer.update(self, key_states, *args, **kwargs)
 
     def commit(self, frame: Frame, columns: int, modality: bool = False) -> None:
         new = frame.index.shape[1]

@@ -19,7 +19,7 @@ from ..compat import cache_of, named_pixels, refuse_replays
 from ..ledger import VisualTokens
 from ..method import Composition, Method, Stage
 from .arrival import arrive
-from .cache import by_modality, managed
+from .cache import by_modality, managed, note_lengths
 from .decoder import blank_labels, dropped_columns, enter, restore_length
 from .entry import check_features, choose, tokenwise, watch_projector
 from .eviction import settle
@@ -301,6 +301,7 @@ class Wiring:
             if run.layout is not None:
                 settle(run, self._cache, self.adapter, self._policies)
                 run.cache_lengths = [layer.stored for layer in run.cache.layers]
+                note_lengths(run.cache)
             if run.layout is not None and self._cache:
                 run.cache_modality = by_modality(run.cache)
         if run.layout is not None:
