@@ -36,7 +36,8 @@ def test_k_medoids(path):
     case, tensors = load(path)
     kwargs = case["kwargs"]
     x, metric, p = tensors["x"], kwargs["distance"], kwargs["norm_p"]
-    options = {"metric": metric, "p": p, "pre_norm": kwargs["pre_norm"], "iterations": kwargs["iter_limit"]}
+    options = {"metric": metric, "p": p, "pre_norm": kwargs["pre_norm"], "iterations": kwargs["iter_limit"],
+               "id_sort": kwargs["id_sort"]}  # fmt: skip
     found = k_medoids(x, case["K"], threshold=kwargs["threshold"], **options)
     agreed = torch.tensor(case["float64_restatement_agrees_per_item"])
     for name, mine in (("kkz", found.seeds), ("medoids", found.medoids), ("assign", found.assign)):

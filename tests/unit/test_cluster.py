@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmcompress.ops.cluster import affinity, distances, k_medoids, spectral_medoids
+from vlmcompress.ops.cluster import affinity, distances, k_medoids, space_time_window, spectral_medoids
 from vlmcompress.ops.segments import events_of, frames_of_segments, join_segments, sampled, video_embedding
 
 
@@ -43,6 +43,17 @@ def test_against_token_by_token(k):
     for row in range(3):
         medoids, owner = plain_k_medoids(x[row], k)
         assert found.medoids[row].tolist() == medoids and found.assign[row].tolist() == owner
+
+
+def test_unsorted_medoids_stand_where_their_seeds_did():
+    x = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(2))
+    whole, plain = k_medoids(x, 7), k_medoids(x, 7, id_sort=False)
+    assert plain.medoids.sort(dim=1).values.equal(whole.medoids) and not plain.medoids.equal(whole.medoids)
+    assert plain.medoids.gather(1, plain.assign).equal(whole.medoids.gather(1, whole.assign))
+    seeds = k_medoids(x, 7, id_sort=False, iterations=1)
+    # a seed stays in the cluster that grew from it
+    first = distances(x).gather(1, seeds.seeds[..., None].expand(-1, -1, 24)).argmin(1)
+    assert first.gather(1, seeds.medoids).equal(torch.arange(7).expand(3, -1))
 
 
 def test_static_clip_takes_the_first_frame():
@@ -101,7 +112,7 @@ def test_segments_take_every_frame_once(frames, segments):
     assert frame[real].equal(torch.arange(frames))
 
 
-@pytest.mark.parametrize("algorithm", ["kmedoids", "spectral"])
+@pytest.mark.parametrize("algorithm", ["kmedoids", "spectral", "sampling"])
 def test_padding_frames_take_no_part(algorithm):
     """A clip of seven frames padded to twelve gives what its own frames give."""
     x = torch.randn(12, 1 + 9, 6, generator=torch.Generator().manual_seed(4))
@@ -116,6 +127,33 @@ def test_padding_frames_take_no_part(algorithm):
     alone = join_segments(x[6:7], 1, 1, 5, **options)
     torch.testing.assert_close(padded.hidden[2:3], alone.hidden)
     assert (padded.frame[2] == 6).all()
+
+
+def test_a_segment_with_just_enough_real_patches_takes_those():
+    x = torch.randn(2, 1 + 9, 6, generator=torch.Generator().manual_seed(4))
+    mask = torch.tensor([[True, False]])
+    for algorithm in ("kmedoids", "spectral", "sampling"):
+        joined = join_segments(x, 2, 1, 9, mask=mask, algorithm=algorithm)
+        assert joined.hidden[0].equal(x[0]), algorithm
+
+
+def test_uneven_segments_are_sampled_without_repeats():
+    """Seven frames in three segments: the first has two frames, which stand in three places."""
+    x = torch.randn(7, 1 + 9, 6, generator=torch.Generator().manual_seed(4))
+    joined = join_segments(x, 7, 3, 18, algorithm="sampling")
+    assert joined.hidden[0, 1:].equal(x[:2, 1:].flatten(0, 1))
+    place = joined.frame * 9 + joined.patch
+    assert (place[:, 1:] > place[:, :-1]).all()
+
+
+def test_the_window_of_the_spectral_graph_leaves_padding_out():
+    x = torch.randn(2, 1 + 16, 4, generator=torch.Generator().manual_seed(6))
+    options = {"algorithm": "spectral", "neighbours": 9, "window": space_time_window(2, 4, 4, space=3, time=3)}
+    near, free = (join_segments(x, 2, 1, 6, **o).clusters for o in (options, {**options, "window": None}))
+    assert not near.medoids.equal(free.medoids)
+    padded = join_segments(x, 2, 1, 6, mask=torch.tensor([[True, False]]), **options)
+    alone = join_segments(x[:1], 1, 1, 6, **{**options, "window": space_time_window(1, 4, 4, space=3, time=3)})
+    assert padded.hidden.equal(alone.hidden)
 
 
 def test_centres_know_their_place_and_carry_gradients():
@@ -138,9 +176,9 @@ def test_towers_without_cls():
 
 
 def test_sampling():
-    assert sampled(10, 4, 1).tolist() == [[1, 3, 6, 8]]
+    assert sampled(torch.tensor([10, 4]), 4).tolist() == [[1, 3, 6, 8], [0, 1, 2, 3]]
     torch.manual_seed(0)
-    drawn = sampled(10, 5, 50, random=True)
+    drawn = sampled(torch.full((50,), 10), 5, random=True)
     assert (drawn // 2).equal(torch.arange(5).expand(50, -1)) and drawn.unique(dim=0).shape[0] > 1
 
 

@@ -268,6 +268,18 @@ def test_mean_of_members():
         assert handle.last.owner.equal(clusters.assign)
 
 
+@torch.no_grad()
+def test_the_window_reaches_the_graph():
+    """Every patch of a frame is in the widest window; a narrow one changes the choice."""
+    model, pixels = ENCODERS["clip"](), frames()
+    found = []
+    for window in (None, (11, 7), (3, 1)):
+        options = dict(keep=9, frames=4, segments=2, algorithm="spectral", graph="heat", sigma="median", window=window)
+        with vlmcompress.compress(model, "centerclip", **options) as handle:
+            found.append(handle.encode_videos(pixels))
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
 def test_save_and_restore(tmp_path):
     model = ENCODERS["clip"]()
     vlmcompress.compress(model, "centerclip", frames=4, schedule=((1, 2, 9), (2, 1, 5)))
@@ -290,6 +302,8 @@ def test_bad_input():
         ("graph is one of", lambda: CenterClip(graph="ring")),
         ("sigma is a positive", lambda: CenterClip(sigma=-1.0)),
         ("p, the order", lambda: CenterClip(p=0.0)),
+        ("window is None or two", lambda: CenterClip(window=9)),
+        ("window's space or time is a whole", lambda: CenterClip(window=(9, 0))),
         ("keeps nothing", lambda: CenterClip(keep=0)),
         ("at least one stage", lambda: CenterClip(schedule=())),
         ("A stage of schedule", lambda: CenterClip(schedule=((1, 2),))),

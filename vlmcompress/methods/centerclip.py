@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..method import Method, Stage, check_keep, tokens_to_keep
-from ..ops.cluster import GRAPHS, METRICS, neighbours_of
+from ..ops.cluster import GRAPHS, METRICS, neighbours_of, space_time_window
 from ..ops.segments import ALGORITHMS, Segments, events_of, frames_of_segments, join_segments
 from ..registry import register_method
 from ..views import Joined, TowerEdit, TowerLayer
@@ -45,6 +46,8 @@ class CenterClip(Method):
         aggregation: a centre is the cluster's "medoid" or the "mean" of its members.
         metric, p, pre_norm: of k-medoids, see :func:`vlmcompress.ops.cluster.distances`.
         graph, sigma, neighbours: of the spectral form; neighbours None: 5 per frame, 5 more on grids of 100 patches.
+        window: (space, time) joins in the spectral form only patches of one ``space`` × ``space`` window and ``time`` frames
+            (the released code: 9 or 19, and 7); later stages of a schedule, whose tokens form no grid, go without.
         iterations, threshold: of k-medoids; threshold None runs all iterations and never waits for the host.
 
     Raises ``ValueError`` in a forward pass whose views do not divide into videos of ``frames``.
@@ -63,6 +66,7 @@ class CenterClip(Method):
     graph: str = "knn"
     sigma: float | str = 2.0
     neighbours: int | None = None
+    window: tuple[int, int] | None = None
     iterations: int = 100
     threshold: float | None = 1e-6
 
@@ -86,6 +90,8 @@ class CenterClip(Method):
     def __post_init__(self) -> None:
         if self.schedule is not None:  # lists where it comes from a saved configuration
             object.__setattr__(self, "schedule", tuple(tuple(stage) for stage in self.schedule))
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
         super().__post_init__()
 
     def validate(self) -> None:
@@ -99,6 +105,11 @@ class CenterClip(Method):
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
         if self.sigma != "median" and (isinstance(self.sigma, str) or self.sigma <= 0):
             raise ValueError(f"sigma is a positive number or 'median', not {self.sigma!r}.")
+        if self.window is not None:
+            if not isinstance(self.window, tuple) or len(self.window) != 2:
+                raise ValueError(f"window is None or two whole numbers (space, time), not {self.window!r}.")
+            for length in self.window:
+                _check_count("window's space or time", length)
         if self.p <= 0:
             raise ValueError(f"p, the order of the distance, is positive, not {self.p}.")
         if self.schedule == ():
@@ -203,7 +214,22 @@ class CenterClip(Method):
             return {"metric": self.metric, "p": self.p, "pre_norm": self.pre_norm, **shared}
         duration = -(-frames // segments)
         neighbours = neighbours_of(duration, layer.n) if self.neighbours is None else self.neighbours
-        return {"graph": self.graph, "sigma": self.sigma, "neighbours": neighbours, **shared}
+        return {
+            "graph": self.graph, "sigma": self.sigma, "neighbours": neighbours, "window": self._window(layer, duration),
+            **shared,
+        }  # fmt: skip
+
+    def _window(self, layer: TowerLayer, duration: int) -> Tensor | None:
+        """[N, N] bool: pairs of a segment's patches that the graph may join; None: all."""
+        if self.window is None:
+            return None
+        if layer.group > 1 or layer.layout.view_n is not None:
+            raise ValueError("window needs patches in raster order, which this tower does not have.")
+        rows, cols = layer.layout.view_grid
+        if layer.n != rows * cols:
+            return None
+        space, time = self.window
+        return space_time_window(duration, rows, cols, space=space, time=time).to(layer.hidden.device)
 
 
 def _check_count(name: str, value: Any) -> None:

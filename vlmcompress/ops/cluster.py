@@ -21,7 +21,7 @@ GRAPHS = ("knn", "heat")
 
 @dataclass
 class Clusters:
-    """``medoids`` [B, K] ascending token numbers; ``assign`` [B, N] place in ``medoids`` of every token's centre.
+    """``medoids`` [B, K] token numbers, ascending; ``assign`` [B, N] place in ``medoids`` of every token's centre.
 
     ``seeds`` [B, K]: the medoids that the KKZ start chose, in its order.
     """
@@ -127,6 +127,7 @@ def k_medoids(
     threshold: float | None = 1e-6,
     norm: Tensor | None = None,
     valid: Tensor | None = None,
+    id_sort: bool = True,
 ) -> Clusters:
     """k-medoids++ on every item of a batch: KKZ start, then assignment and update in turn.
 
@@ -142,6 +143,7 @@ def k_medoids(
         norm: [B, N] lengths for the start, default those of ``x``.
         valid: [B, N] bool or None; others are no members and no centres, unless an item has fewer valid tokens than
             ``k``.
+        id_sort: False leaves the medoids in the order of the start that they grew from.
 
     Raises ``ValueError`` for ``k`` or ``iterations`` below 1 and for an unknown metric.
     """
@@ -167,7 +169,8 @@ def k_medoids(
         moving = moving & (step.norm(dim=-1).sum(1, keepdim=True) >= threshold)
         if not moving.any():
             break
-    medoids = medoids.sort(dim=1).values
+    if id_sort:
+        medoids = medoids.sort(dim=1).values
     return Clusters(medoids, assign_to(distance, medoids), seeds)
 
 

@@ -140,7 +140,7 @@ def join_segments(
     member = None if seen.all() else seen.repeat_interleave(n, 1)
     clusters = None
     if algorithm == "sampling":
-        index = sampled(length * n, tokens, len(part), random=random).to(x.device)
+        index = _sampled_frames(seen, n, tokens, random=random)
     else:
         if algorithm == "spectral":
             clusters = _spectral(patches, tokens, seen, n, options)
@@ -158,29 +158,44 @@ def join_segments(
 def _spectral(patches: Tensor, tokens: int, seen: Tensor, n: int, options: dict) -> Clusters:
     """Spectral clustering of every segment on its real frames ``seen`` [B · S, r], segments of one pattern at a time.
 
-    A segment with no more real patches than ``tokens`` lets the others in, as k-medoids does.
+    A segment with fewer real patches than ``tokens`` lets the others in, as k-medoids does.
     """
-    seen = seen | (seen.sum(1, keepdim=True) * n <= tokens)
+    seen = seen | (seen.sum(1, keepdim=True) * n < tokens)
     if seen.all():
         return spectral_medoids(patches, tokens, **options)
     size = min(tokens, patches.shape[1])
     medoids = torch.zeros(len(patches), size, dtype=torch.long, device=patches.device)
     assign = medoids.new_zeros(patches.shape[:2])
+    window = options.get("window")
     for pattern in seen.unique(dim=0):
         rows = (seen == pattern).all(1).nonzero()[:, 0]
         there = pattern.repeat_interleave(n).nonzero()[:, 0]
+        if window is not None:
+            options = options | {"window": window[there][:, there]}
         found = spectral_medoids(patches[rows][:, there], tokens, **options)
         medoids[rows] = there[found.medoids]
         assign[rows[:, None], there] = found.assign
     return Clusters(medoids, assign, medoids)
 
 
-def sampled(n: int, k: int, batch: int, *, random: bool = False) -> LongTensor:
-    """[batch, k] ascending indices into ``n`` tokens: the middle of ``k`` equal bins, or a random place in each."""
-    step = n / min(k, n)
-    start = torch.arange(min(k, n), dtype=torch.float64) * step
-    offset = torch.rand(batch, len(start), dtype=torch.float64) if random else torch.full((batch, 1), 0.5).double()
-    return (start + offset * step).long().clamp_max(n - 1)
+def _sampled_frames(seen: Tensor, n: int, tokens: int, *, random: bool) -> LongTensor:
+    """[R, K] ascending patches of every segment, sampled from its frames ``seen`` [R, r] of ``n`` patches each.
+
+    A segment with fewer of them than ``tokens`` lets the other frames in, as clustering does.
+    """
+    tokens = min(tokens, seen.shape[1] * n)
+    seen = seen | (seen.sum(1, keepdim=True) * n < tokens)
+    index = sampled(seen.sum(1) * n, tokens, random=random)
+    frame = (~seen).to(torch.uint8).argsort(dim=1, stable=True).gather(1, index // n)
+    return frame * n + index % n
+
+
+def sampled(n: LongTensor, k: int, *, random: bool = False) -> LongTensor:
+    """[R, k] ascending indices into ``n`` [R] ≥ ``k`` tokens: the middle of ``k`` equal bins, or a random place in each."""
+    step = (n.double() / k)[:, None]
+    place = torch.arange(k, device=n.device)
+    offset = torch.rand(len(n), k, dtype=torch.float64, device=n.device) if random else 0.5
+    return (place * step + offset * step).long().minimum(n[:, None] - 1)
 
 
 def shift_channels(x: Tensor, frames: int, *, cls: bool, prefix: int = 1) -> Tensor:
