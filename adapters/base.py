@@ -153,10 +153,13 @@ class Adapter:
     @property
     def feature_layer(self) -> int:
         """0-based vision layer whose output goes to the projector (the deepest one where there are several)."""
-        chosen = self.model.config.vision_feature_layer
-        depth = len(self.tower_layers)
-        layers = [chosen] if isinstance(chosen, int) else list(chosen)
-        return max(layer if layer >= 0 else depth + 1 + layer for layer in layers) - 1
+        return max(self.feature_layers)
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """All vision layers (0-based) whose output goes to the projector, where the configuration chooses them."""
+        chosen = getattr(self.model.config, "vision_feature_layer", ())
+        return [i % (len(self.tower_layers) + 1) - 1 for i in ([chosen] if isinstance(chosen, int) else chosen)]
 
     @property
     def global_layers(self) -> Sequence[int]:

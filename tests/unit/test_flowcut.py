@@ -82,6 +82,28 @@ def test_low_precision_scores_in_fp32(dtype):
         assert handle.last.scores.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_double_precision_models_in_ragged_batches(model):
+    """Images that drop different numbers are padded inside the tower, with the mask's own smallest number."""
+    inputs = prompts([[5, "image", 7], [2, "image", 4]], N, side="right")
+    with vlmcompress.compress(model, "flowcut", keep=3, every=1) as handle:
+        model(**inputs)
+        kept = [s.images[0].kept for s in handle.last.samples]
+        model.double()
+        try:
+            model(**{**inputs, "pixel_values": inputs["pixel_values"].double()})
+        finally:
+            model.float()
+        assert [s.images[0].kept.tolist() for s in handle.last.samples] == [k.tolist() for k in kept]
+
+
+def test_features_of_several_layers_are_refused():
+    model = tiny_llava()
+    model.config.vision_feature_layer = [-4, -2]
+    with pytest.raises(ValueError, match="vision layer 0 too"):
+        vlmcompress.compress(model, "flowcut", keep=5)
+
+
 def test_no_attention_on_a_patch_is_no_error():
     weights = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     assert float(entropy_ratio(weights, torch.tensor([4]))) == pytest.approx(0.5)

@@ -104,6 +104,25 @@ def test_transprune_shallow_models_scale_the_layers():
     assert TransPrune().schedule(8).fractions == (0.625, 0.125)
 
 
+def test_transprune_counts_are_truncated_in_binary():
+    """As Python's ``int()`` in the official code: 0.29 · 100 is a little below 29; what ``keep`` solves for is not."""
+    schedule = TransPrune(layers=(2, 3), fractions=(0.57, 0.29)).schedule(8)
+    assert schedule.counts(100) == [56, 28]
+    for n in (64, 97, 100, 180, 576):
+        assert TransPrune().schedule(32, 1.0).counts(n) == [n] * 3
+
+
+@torch.no_grad()
+def test_transprune_growing_fractions_are_lowered(model, inputs):
+    with pytest.warns(UserWarning, match="grow"):
+        method = TransPrune(layers=(1, 2, 4), fractions=(0.5, 0.75, 0.25))
+    assert method.fractions == (0.5, 0.5, 0.25)
+    with vlmcompress.compress(model, method) as handle:
+        model(**inputs)
+        image = handle.last.samples[0].images[0]
+        assert [len(image.kept_at(after)) for after in (1, 2, 4)] == [18, 18, 9]
+
+
 def test_mustdrop_filters_scale():
     assert MustDrop().filters(32) == (2, 6, 10, 14)
     assert MustDrop().filters(40) == (2, 8, 12, 18)
@@ -328,7 +347,7 @@ def test_long_instructions_are_taken_in_pieces(model):
         ("transprune", {"preset": "medium"}, "preset is one of"),
         ("transprune", {"keep": 0}, "keeps nothing"),
         ("transprune", {"keep": 4, "fractions": (0.5, 0.4, 0.1)}, "either keep or fractions"),
-        ("transprune", {"fractions": (0.5, 0.6, 0.1)}, "never grow"),
+        ("transprune", {"fractions": (0.5, 1.6, 0.1)}, "between 0 and 1"),
         ("transprune", {"fractions": (0.5, 0.1)}, "each cut needs one"),
         ("transprune", {"layers": (3, 2, 4)}, "ascending"),
         ("transprune", {"layers": (0, 2, 4)}, "from 1 up"),

@@ -225,7 +225,7 @@ def _masked(vision: Vision, adapter: Adapter, args: tuple, kwargs: dict):
     bias = _key_bias(tower, adapter.tower_prefix)
     mask = None
     if bias is not None:
-        mask = bias[:, None, None, :].clamp_min(torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        mask = bias[:, None, None, :].to(hidden.dtype).clamp_min(torch.finfo(hidden.dtype).min)
     return adapter.masked_arguments(args, kwargs, mask)
 
 

@@ -110,6 +110,12 @@ class FlowCut(Method):
         last = self._last_cut(adapter)
         if last < 0:
             raise ValueError("'flowcut' needs a vision tower with a layer in front of the one whose output is used.")
+        shallow = min(adapter.feature_layers, default=last)
+        if shallow < last:
+            raise ValueError(
+                f"'flowcut' drops patches up to layer {last}, and this model feeds the output of vision layer {shallow} "
+                "too, whose patches would not fit."
+            )
         if self.first_prune_layer > last:
             raise ValueError(
                 f"first_prune_layer {self.first_prune_layer} lies behind layer {last}, the last one that may be cut."

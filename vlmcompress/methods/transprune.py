@@ -6,8 +6,10 @@ Li, Duan et al., "TransPrune: Token Transition Pruning for Efficient Large Visio
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate as running
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,9 +41,8 @@ class Schedule:
     accumulate: tuple[int, ...]
 
     def counts(self, n: int) -> list[int]:
-        """Visual tokens behind each cut when ``n`` enter: truncated as in the official code, never growing."""
-        # the margin keeps a share such as 0.29 of 100 from losing a token to rounding in binary
-        return [min(n, int(n * share + 1e-9)) for share in self.fractions]
+        """Visual tokens behind each cut when ``n`` enter: truncated as in the official code (0.29 of 100 are 28)."""
+        return [int(n * share) for share in self.fractions]
 
     def per_layer(self, n: int) -> list[int]:
         """Visual tokens that each decoder layer processes when ``n`` enter."""
@@ -86,7 +87,8 @@ class TransPrune(Method):
             make room for it.
         preset: "high" (published, 41 % of the tokens at 32 layers) or "low" (inferred from published TFLOPs, 31 %).
         layers: cuts come after these layers, counted from 1; None: 7, 9 and 12 of 32, scaled to the model's depth.
-        fractions: share of the visual tokens behind each cut, never growing; 0 drops all.
+        fractions: share of the visual tokens behind each cut; 0 drops all. One that is larger than the one before it
+            is lowered to that, with a warning.
         accumulate: layers whose TTV is summed, counted from 1; None: from the first cut to the last.
         alpha: weight of TTV; 1 ranks by TTV alone and 0 by IGA alone, and what is not needed is not computed.
         direction: "signed" (1 - cos, the code) or "abs" (1 - |cos|, the paper's formula).
@@ -128,8 +130,13 @@ class TransPrune(Method):
 
     def _check_fractions(self) -> None:
         shares = self.fractions or ()
-        if any(not 0 <= f <= 1 for f in shares) or list(shares) != sorted(shares, reverse=True):
-            raise ValueError(f"fractions are shares between 0 and 1 that never grow, not {shares}.")
+        if any(not 0 <= f <= 1 for f in shares):
+            raise ValueError(f"fractions are shares between 0 and 1, not {shares}.")
+        falling = tuple(running(shares, min))
+        if falling != shares:
+            # the official code stops here; tokens that have left cannot come back
+            warnings.warn(f"fractions {shares} grow, so {falling} are what can stay.", stacklevel=2)
+            object.__setattr__(self, "fractions", falling)
         stages = len(self.layers) if self.layers is not None else len(LAYERS)
         given = len(PRESETS[self.preset] if self.fractions is None else shares)
         if stages != given:
@@ -158,7 +165,10 @@ class TransPrune(Method):
         for less, more in pairwise(line):
             if share <= more.average:
                 t = (share - less.average) / (more.average - less.average)
-                fractions = [a + t * (b - a) for a, b in zip(less.fractions, more.fractions, strict=True)]
+                # the margin keeps a share that is meant to be whole from losing a token to rounding in binary
+                fractions = [
+                    min(1.0, a + t * (b - a) + 1e-12) for a, b in zip(less.fractions, more.fractions, strict=True)
+                ]
                 return Schedule(depth, less.layers, tuple(fractions), less.accumulate)
         return line[-1]
 

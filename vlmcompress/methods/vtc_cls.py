@@ -60,8 +60,8 @@ class VtcCls(Method):
 
     def validate(self) -> None:
         check_keep(self.keep)
-        if self.layers < 1:
-            raise ValueError(f"layers is the number of vision layers to sum, at least 1, not {self.layers}.")
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+            raise ValueError(f"layers is the number of vision layers to sum, at least 1, not {self.layers!r}.")
         if self.score not in ("received", "mean_query"):
             raise ValueError(f"score is 'received' or 'mean_query', not {self.score!r}.")
 
