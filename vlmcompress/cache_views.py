@@ -107,11 +107,12 @@ class Eviction:
 
     ``shift`` [B]: how far later tokens move up in this layer's position ids, beyond what left before; only for methods
     whose released code does so, and only followed under contiguous positions. ``hide`` [B, 1 or H_kv, n] marks entries
-    that stay in memory, but are not shown to the next tokens; it replaces what was hidden before. ``keep`` None: all
-    stay.
+    that stay in memory, but are not shown to the next tokens; it replaces what was hidden before. ``blind``: with
+    it a next token that comes alone does not see itself either. ``keep`` None: all stay.
     """
 
     keep: LongTensor | None = None
     valid: Tensor | None = None
     shift: LongTensor | None = None
     hide: Tensor | None = None
+    blind: bool = False

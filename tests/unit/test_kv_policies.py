@@ -264,7 +264,7 @@ def test_noise_is_gumbel():
     [
         ("h2o", {"heavy": 1.5}, "up to 1"),
         ("h2o", {"heavy": 0, "recent": 0}, "cannot both be 0"),
-        ("h2o", {"recent": 0, "masked": True}, "recent window"),
+        ("h2o", {"visual_share": 0.5, "masked": True}, "no visual_share"),
         ("h2o", {"visual_share": 2}, "between 0 and 1"),
         ("a2sf", {"alpha": 1.1}, "from 0 to 1"),
         ("a2sf", {"budget": 3, "recent": 4}, "more than the budget"),

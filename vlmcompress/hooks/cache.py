@@ -29,8 +29,9 @@ class Logical:
 
     What a policy knows lives here too, so that it goes wherever the entries go: ``books`` hold a value per entry,
     [B, 1 or H_kv, n, ...] (new entries come in as zeros), ``memory`` holds whatever else; its tensors start with the
-    batch. ``hidden`` [B, 1 or H_kv, n] or None: entries that stay, but are not shown to the next tokens. ``selected``
-    [B, 1, m] or None: older entries that the next tokens see, all others being left out of that one call.
+    batch. ``hidden`` [B, 1 or H_kv, n] or None: entries that stay, but are not shown to the next tokens; ``blind``: a
+    next token that comes alone does not see itself either. ``selected`` [B, 1, m] or None: older entries that the next
+    tokens see, all others being left out of that one call.
 
     ``led``: a compressed model is at work on the layer. ``uneven``: other layers of the cache hold other numbers of
     entries. Both tell when a stock model would go on wrongly, which :meth:`check_led` refuses.
@@ -45,7 +46,7 @@ class Logical:
         self.memory: dict[str, Any] = {}
         self.hidden: Tensor | None = None
         self.selected: LongTensor | None = None
-        self.led = self.uneven = False
+        self.blind = self.led = self.uneven = False
 
     def check_led(self, new: int) -> None:
         """Raise ``ValueError`` when a stock model hands in ``new`` tokens behind entries that it cannot make sense of."""
@@ -109,7 +110,7 @@ class Logical:
         if self.valid is not None:
             self.valid = torch.nn.functional.pad(self.valid, (0, new), value=True)
         if self.hidden is not None:
-            self.hidden = torch.nn.functional.pad(self.hidden, (0, new))
+            self.hidden = torch.nn.functional.pad(self.hidden, (0, new), value=self.blind and new == 1)
         for name, book in self.books.items():
             self.books[name] = torch.cat([book, book.new_zeros(*book.shape[:2], new, *book.shape[3:])], dim=2)
         return super().update(key_states, value_states, *args, **kwargs)

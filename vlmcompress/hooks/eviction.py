@@ -30,7 +30,7 @@ def hand_over(store: PrunableLayer, method: Method) -> None:
     if owner is not None and owner != method:
         visual = store.books.get("visual")
         store.books, store.memory = {} if visual is None else {"visual": visual}, {}
-        store.hidden = None
+        store.hidden, store.blind = None, False
     store.memory["owner"] = method
 
 
@@ -137,7 +137,7 @@ def apply(run: Run, index: int, eviction: Eviction | None, positions: str) -> No
         return
     store = run.cache.layers[index]
     if eviction.hide is not None:
-        store.hidden = eviction.hide
+        store.hidden, store.blind = eviction.hide, eviction.blind
     if eviction.keep is None:
         return
     store.evict(eviction.keep, eviction.valid)

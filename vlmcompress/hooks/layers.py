@@ -52,7 +52,8 @@ def before_layer(
         key = (id(frame), past, id(past_valid), id(shift))
         if key not in run.prepared:
             positions = shifted(frame.positions, shift)
-            mask = layer_mask(past, past_valid, frame.valid, hidden, adapter.text_config)
+            blind = isinstance(store, PrunableLayer) and store.blind
+            mask = layer_mask(past, past_valid, frame.valid, hidden, adapter.text_config, blind=blind)
             # the tensors whose ids make up the key are kept with it, so that no id is used twice
             run.prepared[key] = (mask, positions, adapter.rotary(hidden, positions), (past_valid, shift))
         mask, positions, embeddings, _ = run.prepared[key]

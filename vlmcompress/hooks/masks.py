@@ -32,7 +32,9 @@ def joined_mask(past: int, past_valid: Tensor | None, new_valid: Tensor | None, 
     return torch.cat([gone, old, new], dim=1)
 
 
-def layer_mask(past: int, past_valid: Tensor | None, new_valid: Tensor | None, hidden: Tensor, config) -> Tensor | None:
+def layer_mask(
+    past: int, past_valid: Tensor | None, new_valid: Tensor | None, hidden: Tensor, config, *, blind: bool = False
+) -> Tensor | None:
     """Mask for one decoder layer: every new token sees the real entries of its cache and its own causal past.
 
     Args:
@@ -41,6 +43,7 @@ def layer_mask(past: int, past_valid: Tensor | None, new_valid: Tensor | None, h
         new_valid: [B, q] bool or None.
         hidden: [B, q, D], for shape, dtype and device.
         config: the text config (attention back-end, head counts).
+        blind: a new token that comes alone does not see itself.
 
     Returns:
         None where the back-end needs none; bool [B, 1 or H, q, past + q] for sdpa, additive for eager, 2-D bool for
@@ -61,6 +64,8 @@ def layer_mask(past: int, past_valid: Tensor | None, new_valid: Tensor | None, h
     causal = torch.ones(q, q, dtype=torch.bool, device=device).tril()
     # a padding query sees itself, so that no row is empty; nobody reads its output
     own = (causal & new[:, None]) | torch.eye(q, dtype=torch.bool, device=device)
+    if blind and q == 1:
+        own = torch.zeros_like(own)
     seen = torch.cat([old[:, :, None].expand(-1, -1, q, -1), own[:, None].expand(-1, old.shape[1], -1, -1)], dim=-1)
     if implementation == "eager":
         return torch.zeros(seen.shape, dtype=hidden.dtype, device=device).masked_fill(

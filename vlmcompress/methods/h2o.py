@@ -56,7 +56,8 @@ class H2O(ScoredCache):
         heavy, recent: entries per head, as numbers (int) or shares of the prompt, rounded down (float).
         visual_share: part of the heavy entries that goes to visual tokens, the rest to text (ours); None: one ranking.
         masked: the official mask simulation instead of real eviction, for conformance: entries are hidden and can come
-            back, nothing is freed, and the token that leaves the window is hidden for at least one step.
+            back, nothing is freed, and the token that leaves the window is hidden for at least one step. With ``recent`` 0
+            a decoded token does not see itself.
     """
 
     heavy: int | float = 0.1
@@ -73,8 +74,8 @@ class H2O(ScoredCache):
         check_visual_share(self.visual_share)
         if not self.heavy and not self.recent:
             raise ValueError("heavy and recent cannot both be 0: nothing would stay in the cache.")
-        if self.masked and (not self.recent or self.visual_share is not None):
-            raise ValueError("masked is the official simulation, which needs a recent window and has no visual_share.")
+        if self.masked and self.visual_share is not None:
+            raise ValueError("masked is the official simulation, which has no visual_share.")
 
     def split(self, prompt: int | LongTensor) -> tuple[int | LongTensor, int | LongTensor, int]:
         return share_of(self.heavy, prompt), share_of(self.recent, prompt), 0
@@ -93,8 +94,18 @@ class H2O(ScoredCache):
         return not self.masked
 
     def _simulate(self, layer: CacheLayer) -> Eviction:
-        """Hide what the official mask hides from the next query; scores that lost start anew, the gap's does not."""
+        """Hide what the official mask hides from the next query; scores that lost start anew, the gap's does not.
+
+        Without a window no score is lost, and the next query does not see its own token.
+        """
         score, memory = layer.books["score"], layer.memory
-        lost, gap = simulated_mask(score, layer.valid, memory["best"], memory["recent"])
+        best, recent = memory["best"], memory["recent"]
+        lost, gap = simulated_mask(score, layer.valid, best, recent)
+        if bool((torch.as_tensor(recent) == 0).any()):
+            if layer.valid is not None:
+                raise ValueError(
+                    "masked without a recent window takes no padding: the official code knows single rows only."
+                )
+            return Eviction(hide=lost, blind=score.shape[-1] > best)
         layer.books["score"] = score.masked_fill(lost, 0.0)
         return Eviction(hide=lost | gap)
