@@ -78,6 +78,8 @@ class Method:
     joins_patches: ClassVar[bool] = False
     #: chooses in :meth:`arrival`, by the first decoder layer's attention
     reads_first_layer: ClassVar[bool] = False
+    #: makes tokens of what a projector says before the model pools it (``EntryTokens.unpooled``)
+    before_pooling: ClassVar[bool] = False
     #: what the paper's released code does with position ids
     published_positions: ClassVar[str] = "contiguous"
     #: the same for cuts inside the language model, where it differs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import LongTensor
+from .ops.frames import subsampled
 from .ops.pool import bin_owner, pool_grid
 from .ops.select import even_indices
 from .ops.windows import merge_windows
@@ -27,6 +28,13 @@ ViewTarget = Callable[[int, int, int], tuple[int, int]]
 def centres(rows: int, cols: int, h: int, w: int) -> LongTensor:
     """[h · w] raster cells of a rows × cols grid under the centres of an even h × w grid."""
     return (even_indices(rows, h)[:, None] * cols + even_indices(cols, w)).flatten()
+
+
+def apart(places: LongTensor, n: int) -> LongTensor:
+    """Ascending ``places`` [m], m ≤ ``n``, moved behind each other where they coincide, and back from the end of ``n``."""
+    step = torch.arange(len(places))
+    behind = (places - step).cummax(0).values + step
+    return behind.minimum(n - len(places) + step)
 
 
 def rectangles(views: Tensor, widths: Sequence[int]) -> Iterator[tuple[LongTensor, tuple[int, int]]]:
@@ -76,6 +84,40 @@ def pooled_views(tokens: EntryTokens, target: ViewTarget, pooling: Pooling = poo
         home[v, cells] = there[bin_owner(rows, cols, h, w)]
         table[v, there.to(device)] = pooling(tokens.rows[v, cells.to(device)].view(1, rows, cols, -1), h, w)[0]
     return _of_cells(tokens, mask.to(device), home.to(device), table)
+
+
+def resized_views(tokens: EntryTokens, rows: Sequence[Tensor], grids: Sequence[tuple[int, int] | None]) -> Selection:
+    """Give every view of images without thumbnail the ``rows[v]`` [c, C] in place of its tokens, in their order.
+
+    ``grids[v]``: the (h, w) that they form over the view, or None. They stand at the centres of its cells, or spread over
+    it; a view with more rows than tokens takes the next places of its neighbours. A closing newline stays.
+    """
+    layout, device = tokens.layout, tokens.rows.device
+    order = torch.arange(layout.cell.shape[1], device=device).expand_as(layout.cell)
+    number = layout.to_views(order, fill=-1).cpu()
+    patches, closed = layout.patch.sum(1).tolist(), (layout.valid & ~layout.patch).any(1).tolist()
+    owner = torch.full(layout.cell.shape, -1)
+    wanted: list[list[LongTensor]] = [[] for _ in patches]
+    first = [0] * len(patches)
+    views = zip(rectangles(number >= 0, layout.view_widths), layout.view_image.tolist(), rows, grids, strict=True)
+    for v, ((cells, box), image, made, grid) in enumerate(views):
+        fits = grid is not None and grid[0] <= box[0] and grid[1] <= box[1]
+        place = centres(*box, *grid) if grid is not None and fits else subsampled(len(cells), len(made))
+        wanted[image].append(number[v, cells[place]])
+        if grid is not None and len(made):
+            owner[image, number[v, cells]] = first[image] + bin_owner(*box, *grid)
+        first[image] += len(made)
+    counts = [many + (many > 0 and end) for many, end in zip(first, closed, strict=True)]
+    keep = torch.zeros(len(counts), max(counts), dtype=torch.long)
+    features = tokens.rows.new_zeros(*keep.shape, next(iter(rows)).shape[-1])
+    for image, many in enumerate(first):
+        keep[image, :many] = apart(torch.cat(wanted[image]), patches[image])
+        mine = (layout.view_image == image).tolist()
+        features[image, :many] = torch.cat([made for made, ours in zip(rows, mine, strict=True) if ours]).to(features)
+        if counts[image] > many:
+            keep[image, many], owner[image, patches[image]] = patches[image], many
+    given = owner.to(device) if all(grid is not None for grid in grids) else None
+    return Selection(keep.to(device), counts, features=features, owner=given)
 
 
 def merged_windows(

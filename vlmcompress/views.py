@@ -44,7 +44,8 @@ class EntryTokens:
 
     ``rows`` [V, N, C]: projector inputs per view and cell; ``pixel_values``: what the tower saw; ``pooled``: a flexible
     projector has already pooled the patches to the number of placeholders in the prompt; ``pooling``: how it would,
-    [B, rows, cols, C], h, w → [B, h · w, C].
+    [B, rows, cols, C], h, w → [B, h · w, C]. ``unpooled`` [V, patches, C]: what the projector made of the patches that
+    the model pools to ``rows`` behind it, for methods that ask for it (``Method.before_pooling``).
     """
 
     layout: Layout
@@ -52,6 +53,7 @@ class EntryTokens:
     pixel_values: Tensor | None
     pooled: bool = False
     pooling: Callable[[Tensor, int, int], Tensor] = pool_grid
+    unpooled: Tensor | None = None
     _project: Callable[[Tensor], Tensor] | None = None
 
     @cached_property

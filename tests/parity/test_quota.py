@@ -9,8 +9,10 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 from vectors import cases
 
+import vlmcompress
 from vlmcompress.ops.frames import (
     cap_once,
     filled_grids,
@@ -55,6 +57,47 @@ def test_resized_frames(path):
         newline = tensors["image_newline"]
         lines = [with_newlines(row, grid_of(counts[i]), newline) for row, i in zip(rows, kept, strict=True)]
         torch.testing.assert_close(torch.cat(lines), tensors["out_with_newlines"], atol=1e-5, rtol=0)
+
+
+def onevision(side: int, width: int) -> LlavaOnevisionForConditionalGeneration:
+    """Stock model on frames of side × side one-pixel patches, with a text model as wide as the features of a case."""
+    torch.manual_seed(0)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, image_size=side, patch_size=1,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            hidden_size=width, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+            vocab_size=16,
+        ),
+        image_token_index=1, video_token_index=2, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("path", of(lambda c: c.get("version") in ("v1", "v2", "v3", "v5") and "budget" in c))
+@torch.no_grad()
+def test_what_a_stock_model_is_fed(path):
+    """Through ``compress``: the case's features stand where the projector answers, in front of the model's own pooling."""
+    case, tensors = load(path)
+    features, expected = tensors["features"], tensors["out_flat"]
+    side, frames = math.isqrt(features.shape[1]), len(features)
+    model = onevision(side, features.shape[2])
+    model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: features)
+    pooled = math.ceil(side / 2) ** 2
+    ids = torch.tensor([[5, *[2] * (frames * pooled + 1), 6]])
+    pixels = torch.zeros(1, frames, 3, side, side)
+    cap = None if case["version"] == "v1" else "grid"
+    options = dict(scores=(tensors["p"].tolist(),), version=case["version"], rounding="truncate", cap=cap)
+    seen = []
+    with vlmcompress.compress(model, "quota", keep=case["budget"], **options) as handle:
+        model.model.language_model.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+        model(input_ids=ids, pixel_values_videos=pixels)
+        kept = handle.last.samples[0].images[0].kept
+    torch.testing.assert_close(seen[0][0, 1:-2], expected, atol=1e-5, rtol=0)
+    assert seen[0][0, -2].equal(model.model.image_newline)
+    assert len(kept) == case["tokens_out"] + 1 and (kept.diff() > 0).all()
 
 
 @pytest.mark.parametrize("path", of(lambda c: "scale_weights" in c["what"]))

@@ -9,13 +9,14 @@ import pytest
 import torch
 from models import IMAGE
 from models_qwen import tiny_qwen
-from models_video import BUILDERS, VIDEO, features, prompts_video, row_of, tiny_next_video, tiny_onevision
+from models_video import BUILDERS, VIDEO, prompts_video, row_of, tiny_next_video, tiny_onevision
 from PIL import Image
 
 import vlmcompress
 from vlmcompress.eval.loading import load
 from vlmcompress.methods.quota import QuoTA
 from vlmcompress.ops.frames import resize_bilinear
+from vlmcompress.pooled import apart
 from vlmcompress.quota import FrameScorer, decoupled, letter_id, parse_objects, without_options
 
 GREEDY = dict(max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
@@ -33,40 +34,85 @@ def kept(handle, row=0, image=0):
 def test_frames_share_the_budget(family, version):
     model = BUILDERS[family]()
     inputs = prompts_video(model, [[5, CLIP, 4]])
-    patches = 9
-    budget = 2 * patches
-    with vlmcompress.compress(model, "quota", keep=budget, scores=(P,), version=version) as handle:
+    patches, budget = 9, 18
+    # in front of its own pooling, to 3 × 3, LLaVA-OneVision has 6 × 6 tokens of a frame
+    side = 6 if family == "llava_onevision" and version != "v4" else 3
+    with vlmcompress.compress(model, "quota", keep=budget, scores=(P,), version=version, cap=patches) as handle:
         model.generate(**inputs, **GREEDY)
         image = kept(handle)
         tokens = image.kept[~image.is_newline[image.kept]]
         per_frame = torch.bincount(tokens // patches, minlength=4).tolist()
-        counts = QuoTA(keep=budget).counts(torch.tensor(P), budget, [patches] * 4)
+        method = QuoTA(keep=budget, cap=patches)
+        counts = method.counts(torch.tensor(P), budget, [side**2] * 4)
     assert sum(counts) == budget and counts[0] == patches and counts[3] == 0
     if version in ("v3", "v4"):
         assert per_frame == counts
     else:
-        assert per_frame == [h * w for h, w in QuoTA(keep=budget).grids(counts, (3, 3))]
+        assert per_frame == [h * w for h, w in method.grids(counts, (side, side))]
     assert int(image.is_newline[image.kept].sum()) == (family == "llava_onevision")
 
 
-@torch.no_grad()
-def test_what_the_language_model_is_fed():
-    """Every frame is the bilinear resize of the tokens that the stock model would feed."""
-    model = tiny_onevision()
-    inputs = prompts_video(model, [[5, CLIP, 4]])
-    _, (stock,) = features(model, inputs)
+def fed_to(model, inputs, **options):
+    """What the language model of ``model`` gets, [S, C], and the record of the pass."""
     fed = []
-    model.model.language_model.layers[0].register_forward_pre_hook(
+    layer = model.model.language_model.layers[0]
+    watch = layer.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    with vlmcompress.compress(model, "quota", keep=18, scores=(P,)):
+    with vlmcompress.compress(model, "quota", **options) as handle:
         model(**inputs)
-    method = QuoTA(keep=18)
-    grids = method.grids(method.counts(torch.tensor(P), 18, [9] * 4), (3, 3))
-    frames = stock[:-1].view(4, 1, 3, 3, -1)
-    rows = [resize_bilinear(frame, h, w)[0] for frame, (h, w) in zip(frames, grids, strict=True) if h * w]
-    expected = torch.cat([*rows, stock[-1:]])
-    torch.testing.assert_close(fed[0][0, 5 : 5 + len(expected)], expected, atol=1e-5, rtol=1e-5)
+    watch.remove()
+    return fed[0][0], handle.last
+
+
+@pytest.mark.parametrize("cap", ["grid", None])
+@torch.no_grad()
+def test_what_the_language_model_is_fed(cap):
+    """Every frame is resized from what the projector made of it; one may take places of its neighbours."""
+    model = tiny_onevision()
+    inputs = prompts_video(model, [[5, CLIP, 4]])
+    outputs = []
+    watch = model.model.multi_modal_projector.register_forward_hook(lambda m, args, output: outputs.append(output))
+    model(**inputs)
+    watch.remove()
+    (whole,) = outputs
+    for p in (P, P[::-1], (0.01, 0.01, 0.99, 0.01)):
+        found, record = fed_to(model, inputs, keep=34, scores=(p,), cap=cap)
+        method = QuoTA(keep=34, cap=cap)
+        counts = method.counts(torch.tensor(p), 34, [36] * 4)
+        grids = method.grids(counts, (6, 6))
+        assert sum(counts) == 34 and max(counts) > 9
+        rows = [
+            resize_bilinear(f[None], h, w)[0] for f, (h, w) in zip(whole.unflatten(1, (6, 6)), grids, strict=True) if h
+        ]
+        expected = torch.cat([*rows, model.model.image_newline[None]])
+        torch.testing.assert_close(found[5:-4], expected, atol=1e-5, rtol=1e-5)
+        image = record.samples[0].images[0]
+        assert len(image.kept) == len(expected) and (image.kept.diff() > 0).all() and image.kept[-1] == 36
+        # every token of a frame is part of one of that frame's own
+        end = torch.tensor([h * w for h, w in grids]).cumsum(0)
+        for place, sources in enumerate(image.sources[:-1]):
+            frame = int((end <= place).sum())
+            assert all(int(token) // 9 == frame for token in sources)
+
+
+@torch.no_grad()
+def test_a_frame_past_its_own_grid():
+    """Without a cap a frame of LLaVA-NeXT-Video grows beyond the nine tokens that the model itself would feed."""
+    model = tiny_next_video()
+    inputs = prompts_video(model, [[5, CLIP, 4]])
+    p = (0.9, 0.1, 0.1, 0.1)
+    _, capped = fed_to(model, inputs, keep=30, scores=(p,), rounding="truncate")
+    _, free = fed_to(model, inputs, keep=30, scores=(p,), rounding="truncate", cap=None)
+    assert QuoTA(keep=30, rounding="truncate", cap=None).counts(torch.tensor(p), 30, [9] * 4) == [28, 0, 0, 0]
+    assert len(capped.samples[0].images[0].kept) == 9
+    assert free.samples[0].images[0].kept.equal(torch.arange(25))
+
+
+def test_places_behind_each_other():
+    assert apart(torch.tensor([0, 0, 1, 5]), 9).tolist() == [0, 1, 2, 5]
+    assert apart(torch.tensor([3, 8, 8, 8]), 9).tolist() == [3, 6, 7, 8]
+    assert apart(torch.tensor([4]), 5).tolist() == [4]
 
 
 @pytest.mark.parametrize("version", ["v1", "v4"])
@@ -144,6 +190,8 @@ def test_bad_options():
         ("version is one of", {"version": "v6"}),
         ("rounding is", {"rounding": "up"}),
         ("exponent is", {"exponent": 0}),
+        ("cap is 'grid'", {"cap": 0}),
+        ("cap is 'grid'", {"cap": "frame"}),
         ("one sequence of numbers", {"scores": (0.5, 0.4)}),
         ("keep is a number", {"keep": 0}),
     ):

@@ -65,6 +65,8 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         pooling = vision.layout.pooling
         if pooling is not None and pooling.behind_projector:
             vision.features = pooling(output)
+            if any(method.before_pooling for method in methods):
+                vision.unpooled = output
         if vision.selection is None or not tokenwise(vision, adapter):
             return None
         if vision.selection.embedded:
@@ -108,7 +110,9 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
         selection = from_tower(layout, tower)
     elif vision.features is not None:
         pooling = getattr(adapter.whole_projector, "pooling_function", pool_grid)
-        tokens = EntryTokens(layout, vision.features, vision.pixel_values, adapter.pools, pooling, vision.project)
+        tokens = EntryTokens(
+            layout, vision.features, vision.pixel_values, adapter.pools, pooling, vision.unpooled, vision.project
+        )
         for method in methods:
             selection = method.entry(tokens, vision.state(method)) or selection
     elif methods:

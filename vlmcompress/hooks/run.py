@@ -55,13 +55,15 @@ class TowerState:
 class Vision:
     """One pass through the vision tower and the projector, which may happen before the language model's prompt is known.
 
-    ``layout`` is not placed yet; ``features`` [V, n, C] are the projector's input rows.
+    ``layout`` is not placed yet; ``features`` [V, n, C] are the projector's input rows, ``unpooled`` [V, patches, C] its
+    output where the model pools that and a method asks for it.
     """
 
     layout: Layout
     pixel_values: Tensor | None = None
     tower: TowerState | None = None
     features: Tensor | None = None
+    unpooled: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None  # what makes tokens of such rows, while the projector runs
     selection: Selection | None = None
     selected: bool = False

@@ -7,6 +7,7 @@ arXiv 2503.08689. The released code has no licence; this is written from the pap
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,13 +23,11 @@ from ..ops.frames import (
     filled_grids,
     frame_weights,
     grid_of,
-    merge_down,
     resize_frame,
-    subsampled,
     truncated_budget,
 )
 from ..ops.select import fit_grid, largest_remainder
-from ..pooled import pooled_views, rectangles
+from ..pooled import rectangles, resized_views
 from ..quota import ANY_OF, ENOUGH
 from ..quota_model import ModelScorer, processor_of
 from ..registry import register_method
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 
 #: all frames weigh the same
 EVEN = "even"
+#: a frame has as many tokens at most as it is resized from
+GRID = "grid"
 #: scores of the frames of one video, or what gives them for its pixels [frames, ...]
 Scores = Sequence[Sequence[float]] | Callable[[Tensor | None], Sequence[float]]
 
@@ -55,10 +56,13 @@ class QuoTA(Method):
     :class:`vlmcompress.quota.FrameScorer` with a smaller model, or by anything else that tells how well a frame serves the
     question.
 
-    Differs from the official code: no token of the budget is lost to rounding or to the shape of grids, what a frame
-    cannot hold goes to the others, and a frame never grows beyond the grid that the model itself would feed (the code
-    takes features in front of the model's own pooling). Frames that a family merges in pairs are scored by the mean of
-    the pair. An image of one view counts as a video of one frame; tiled images pass whole.
+    Frames are resized from what the projector makes of them, in front of the model's own pooling behind it
+    (LLaVA-OneVision: 27 × 27 and not 14 × 14 tokens), so a frame can have more tokens than without compression. In families
+    that pool or join patches in front of the projector, what it takes is resized.
+
+    Differs from the official code: no token of the budget is lost to rounding or to the shape of grids, and what a frame
+    cannot hold goes to the others. Frames that a family merges in pairs are scored by the mean of the pair. An image of one
+    view counts as a video of one frame; tiled images pass whole. A budget of all tokens leaves the model as it is.
 
     Args:
         keep: tokens per video, or their share; newlines do not count.
@@ -72,6 +76,8 @@ class QuoTA(Method):
             them.
         version: how frames are resized: "v1" bilinear, "v2" average pooling, "v3" evenly spaced tokens, "v4" merging, "v5"
             merging inside rows, then columns.
+        cap: most tokens of one frame: "grid", as many as it is resized from; a number; or None, for frames that grow beyond
+            that (square ones, "v1" to "v3"), as "v1" of the released code lets them.
         exponent: of the scores.
         rounding: "exact", or "truncate" as in the released code, which loses a few per cent of the budget.
     """
@@ -84,6 +90,7 @@ class QuoTA(Method):
     enough: str | None = None
     decouple: bool | str = False
     version: str = "v1"
+    cap: int | str | None = "grid"
     exponent: float = 2.0
     rounding: str = "exact"
 
@@ -92,6 +99,7 @@ class QuoTA(Method):
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
     query_aware: ClassVar[bool] = True
     fixed_budget: ClassVar[bool] = False
+    before_pooling: ClassVar[bool] = True
 
     def validate(self) -> None:
         check_keep(self.keep)
@@ -99,6 +107,9 @@ class QuoTA(Method):
             raise ValueError(f"version is one of {', '.join(VERSIONS)}, not {self.version!r}.")
         if self.rounding not in ("exact", "truncate"):
             raise ValueError(f"rounding is 'exact' or 'truncate', not {self.rounding!r}.")
+        whole = isinstance(self.cap, int) and not isinstance(self.cap, bool)
+        if not (self.cap is None or self.cap == GRID or (whole and int(self.cap) >= 1)):
+            raise ValueError(f"cap is 'grid', a number of tokens of at least 1, or None, not {self.cap!r}.")
         if self.exponent <= 0:
             raise ValueError(f"exponent is a positive number, not {self.exponent}.")
         if isinstance(self.decouple, str):
@@ -147,31 +158,38 @@ class QuoTA(Method):
         state["p"], state["flops"] = equipment(given, ids)
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
-        layout = tokens.layout
-        if layout.thumbnail is not None:
+        layout, budgets = tokens.layout, tokens.budgets(self.keep)
+        if layout.thumbnail is not None or budgets == layout.patch.sum(1).tolist():
             return None
-        views = tokens.view_cells().cpu()
-        boxes = [box for _, box in rectangles(views, layout.view_widths)]
-        owner, budgets = layout.view_image.tolist(), tokens.budgets(self.keep)
-        counts, grids = [0] * len(owner), [(0, 0)] * len(owner)
+        sources = self.sources(tokens)
+        owner, rows, grids = layout.view_image.tolist(), list(sources), [None] * len(sources)
         ranking = torch.zeros(len(owner), device=tokens.rows.device)
         for image, budget in enumerate(budgets):
             mine = [v for v, i in enumerate(owner) if i == image]
             p = self.scores_of(tokens, image, len(mine), state)
             ranking[mine] = p.float().to(ranking.device)
-            shares = self.counts(p, budget, [boxes[v][0] * boxes[v][1] for v in mine])
-            shapes = self.grids(shares, boxes[mine[0]])
-            for v, count, grid in zip(mine, shares, shapes, strict=True):
-                counts[v], grids[v] = count, grid
-        state["scores"] = tokens.of_views(ranking[:, None].expand(views.shape), fill=float("-inf"))
-        state["flops"] = state.get("flops", 0) + 8 * tokens.rows.numel()
-        if self.version in ("v3", "v4"):
-            return self._ungridded(tokens, views, counts)
-        return pooled_views(
-            tokens,
-            lambda v, rows, cols: grids[v],
-            lambda grid, h, w: resize_frame(grid[0], h * w, self.version, (h, w))[None],
-        )
+            box = tuple(sources[mine[0]].shape[:2])
+            counts = self.counts(p, budget, [sources[v].shape[0] * sources[v].shape[1] for v in mine])
+            for v, count, grid in zip(mine, counts, self.grids(counts, box), strict=True):
+                gridded = self.version not in ("v3", "v4")
+                grids[v] = grid if gridded else None
+                source = sources[v]
+                rows[v] = resize_frame(source, count, self.version, grid) if count else source[:0].flatten(0, 1)
+        state["scores"] = tokens.of_views(ranking[:, None].expand(-1, tokens.view_cells().shape[1]), fill=float("-inf"))
+        state["flops"] = state.get("flops", 0) + 8 * sum(source.numel() for source in sources)
+        return resized_views(tokens, rows, grids)
+
+    def sources(self, tokens: EntryTokens) -> list[Tensor]:
+        """[rows, cols, C] of every view that its new tokens are made of.
+
+        Where the model pools frames behind its projector, what it pools; "v4" merges pooled ones in the released code too.
+        """
+        if tokens.unpooled is not None and self.version != "v4":
+            side = math.isqrt(tokens.unpooled.shape[1])
+            return list(tokens.unpooled.unflatten(1, (side, side)))
+        shapes = rectangles(tokens.view_cells().cpu(), tokens.layout.view_widths)
+        table = zip(tokens.rows, shapes, strict=True)
+        return [view[cells.to(view.device)].view(*box, view.shape[-1]) for view, (cells, box) in table]
 
     def scores_of(self, tokens: EntryTokens, image: int, views: int, state: dict) -> Tensor:
         """[views] fp64 scores of one video's frames, or of its groups of frames that are merged before the tower.
@@ -193,12 +211,12 @@ class QuoTA(Method):
             raise ValueError(f"There are {len(p)} scores for a video of {views} frames or groups of frames.")
         return p.view(views, -1).mean(1)
 
-    def counts(self, p: Tensor, budget: int, caps: list[int]) -> list[int]:
-        """Tokens of every frame with scores ``p`` [T], at most ``caps`` each."""
-        weights = frame_weights(p, self.exponent)
+    def counts(self, p: Tensor, budget: int, sizes: list[int]) -> list[int]:
+        """Tokens of every frame with scores ``p`` [T], which are made of ``sizes`` each."""
+        weights, caps = frame_weights(p, self.exponent), [self._most(size, budget) for size in sizes]
         if self.rounding == "exact":
             return largest_remainder(weights.tolist(), min(budget, sum(caps)), caps)
-        if self.version != "v1":
+        if self.version != "v1" and self.cap is not None:
             weights = cap_once(weights, caps[0] / budget)
         counts = [min(count, cap) for count, cap in zip(truncated_budget(weights, budget), caps, strict=True)]
         if not any(counts):  # the released code is left without any frame and stops
@@ -206,29 +224,19 @@ class QuoTA(Method):
                 counts[frame] = 1
         return counts
 
+    def _most(self, size: int, budget: int) -> int:
+        """Most tokens of one frame that is made of ``size``; merging makes no more of them."""
+        if self.cap is None:
+            return size if self.version in ("v4", "v5") else budget
+        return size if self.cap == GRID else min(size, int(self.cap))
+
     def grids(self, counts: list[int], box: tuple[int, int]) -> list[tuple[int, int]]:
         """(h, w) of every frame: squares as in the paper, on frames that are none rectangles of their shape."""
         if box[0] != box[1]:
             return [fit_grid(count, *box) if count else (0, 0) for count in counts]
-        return filled_grids(counts, box[0] * box[1]) if self.rounding == "exact" else [grid_of(c) for c in counts]
-
-    def _ungridded(self, tokens: EntryTokens, views: Tensor, counts: list[int]) -> Selection:
-        """Selection of evenly spaced tokens ("v3"), or of merged ones in their places ("v4")."""
-        mask, table = torch.zeros_like(views), tokens.rows.clone()
-        for v, (cells, _) in enumerate(rectangles(views, tokens.layout.view_widths)):
-            if not counts[v]:
-                continue
-            there = cells[subsampled(len(cells), counts[v])]
-            mask[v, there] = True
-            if self.version == "v4":
-                table[v, there.to(table.device)] = merge_down(
-                    tokens.rows[v : v + 1, cells.to(table.device)], counts[v]
-                )[0]
-        selection = tokens.select_mask(tokens.of_views(mask.to(table.device), fill=False))
-        if self.version == "v3" or selection.counts == tokens.layout.n:
-            return selection
-        index = selection.keep[..., None].expand(-1, -1, table.shape[-1])
-        return Selection(selection.keep, selection.counts, features=tokens.of_views(table).gather(1, index))
+        if self.rounding != "exact":
+            return [grid_of(count) for count in counts]
+        return filled_grids(counts, self._most(box[0] * box[1], max(1, sum(counts))))
 
 
 def _check_pattern(pattern: str) -> None:
