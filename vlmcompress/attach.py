@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
@@ -58,18 +60,22 @@ def compress(
         adapter.check_method(part)
         part.check_family(adapter)
     current = current_handle(base)
-    if current is not None:
-        if not replace:
-            raise ValueError(
-                f"This model is already compressed with '{current.method.name}'; call handle.remove() first or pass "
-                "replace=True."
-            )
-        current.remove()
+    if current is not None and not replace:
+        raise ValueError(
+            f"This model is already compressed with '{current.method.name}'; call handle.remove() first or pass "
+            "replace=True."
+        )
+    kind = Handle
     if adapter.joins_views:
         from .towers import EncoderHandle
 
-        return EncoderHandle(base, adapter, composition, positions)
-    return Handle(base, adapter, composition, positions)
+        kind = EncoderHandle
+    # a method may still refuse while its handle is made, so the one that is on the model stays until then
+    handle = kind(base, adapter, composition, positions)
+    if current is not None:
+        current.remove()
+    handle._put_on()
+    return handle
 
 
 def restore(model: nn.Module) -> Handle:
@@ -81,10 +87,18 @@ def restore(model: nn.Module) -> Handle:
     saved = getattr(getattr(base, "config", None), "vlmcompress", None)
     if not saved:
         raise ValueError("This model's configuration has no vlmcompress entry; save it while it is compressed.")
-    parts = [create(entry["method"], **entry["options"]) for entry in saved["methods"]]
+    try:
+        parts = [(entry["method"], dict(entry["options"])) for entry in saved["methods"]]
+        positions = saved["positions"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            "This configuration's vlmcompress entry was not written by save_pretrained of a compressed model; call "
+            "compress with the method and its options."
+        ) from None
+    composition = Composition.of(*(create(name, **options) for name, options in parts))
     del base.config.vlmcompress
     try:
-        return compress(base, Composition.of(*parts), positions=saved["positions"])
+        return compress(base, composition, positions=positions)
     except ValueError:
         base.config.vlmcompress = saved
         raise
@@ -96,11 +110,26 @@ def current_handle(model: Any) -> Handle | None:
 
 
 def _base_model(model: Any) -> Any:
+    if isinstance(model, nn.Module):
+        model = model._modules.get("_orig_mod", model)  # what torch.compile wraps
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, nn.Module):
         raise ValueError(f"compress takes a model, not {type(model).__name__}.")
     return model
+
+
+def _refuse_copies(protocol: Any) -> Any:
+    raise ValueError(
+        "A compressed model cannot be copied or pickled; call handle.remove() first, or save_pretrained and then "
+        "vlmcompress.restore on what was loaded."
+    )
+
+
+def _forget_compiled() -> None:
+    """Let ``torch.compile`` start anew: code compiled earlier does not notice that hooks have come or gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class Handle:
@@ -109,13 +138,21 @@ class Handle:
     def __init__(self, model: Any, adapter: Adapter, method: Composition, positions: str):
         self.model, self.adapter, self.method, self.positions = model, adapter, method, positions
         self._wiring = self._wire()
-        model.__dict__[_ATTRIBUTE] = self
-        if isinstance(model, PreTrainedModel):
-            model.config.vlmcompress = {
-                "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
-                "positions": positions,
-            }
+        self._entry = {
+            "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
+            "positions": positions,
+        }
+        self._entry_before: Any = None
+
+    def _put_on(self) -> None:
+        self.model.__dict__[_ATTRIBUTE] = self
+        # looked up on the object, before a copy is begun whose hooks would go on acting on this model
+        self.model.__dict__["__reduce_ex__"] = _refuse_copies
+        if isinstance(self.model, PreTrainedModel):
+            self._entry_before = getattr(self.model.config, "vlmcompress", None)
+            self.model.config.vlmcompress = self._entry
         self._wiring.install()
+        _forget_compiled()
 
     def _wire(self) -> Any:
         """The hooks of this handle, not yet put on."""
@@ -151,9 +188,14 @@ class Handle:
         if self.model.__dict__.get(_ATTRIBUTE) is not self:
             raise ValueError("This compression has already been removed from its model.")
         self._wiring.remove()
-        del self.model.__dict__[_ATTRIBUTE]
-        if isinstance(self.model, PreTrainedModel):
-            del self.model.config.vlmcompress
+        _forget_compiled()
+        del self.model.__dict__[_ATTRIBUTE], self.model.__dict__["__reduce_ex__"]
+        config: Any = getattr(self.model, "config", None)
+        if getattr(config, "vlmcompress", None) is self._entry:  # models may share one configuration
+            del config.vlmcompress
+            if self._entry_before:
+                config.vlmcompress = self._entry_before
+        self._entry.clear()  # another handle that found it there shall not put it back
 
     def __enter__(self) -> Handle:
         return self

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .options import check_types, tuples_of_lists
+
 if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .dtypes import LongTensor
@@ -86,7 +88,14 @@ class Method:
     published_cut_positions: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self.validate()
+        owner = self.name or type(self).__name__
+        tuples_of_lists(self)
+        try:
+            self.validate()
+        except TypeError:
+            check_types(self, owner)  # says in a sentence what a comparison with a wrong type does not
+            raise
+        check_types(self, owner)
 
     def validate(self) -> None:
         """Raise ``ValueError`` in one sentence when a hyper-parameter cannot work."""
@@ -179,6 +188,14 @@ class Method:
         return dataclasses.asdict(self)
 
 
+_BEFORE, _CACHE = frozenset({Stage.TOWER, Stage.ENTRY}), frozenset({Stage.CACHE})
+#: the hooks of a method, each with the stages of which one must be named for it to be called
+_STAGES_OF = {
+    "tower": _BEFORE, "entry": _BEFORE, "arrival": _BEFORE, "prefill": frozenset({Stage.PREFILL}), "cache": _CACHE,
+    "attend": _CACHE, "settle": _CACHE,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Composition:
     """Methods that act one after the other, at most one before the language model, one inside, one on the cache."""
@@ -190,6 +207,12 @@ class Composition:
         methods: list[Method] = []
         for part in parts:
             methods += part.methods if isinstance(part, Composition) else [part]
+        if strangers := [m for m in methods if not isinstance(m, Method)]:
+            raise ValueError(
+                f"A composition is made of methods, such as methods()['grid'](keep=64), not of {strangers[0]!r}."
+            )
+        if not methods:
+            raise ValueError("A composition needs at least one method.")
         composed = cls(tuple(methods))
         composed.validate()
         return composed
@@ -203,6 +226,14 @@ class Composition:
                 raise ValueError(
                     f"{' and '.join(rivals)} both choose tokens {where}; compose at most one method for each place."
                 )
+        for method in self.methods:
+            for hook, stages in _STAGES_OF.items():
+                if getattr(type(method), hook) is not getattr(Method, hook) and not method.stages & stages:
+                    names = " nor ".join(sorted(f"Stage.{stage.name}" for stage in stages))
+                    raise ValueError(
+                        f"'{method.name or type(method).__name__}' has a hook '{hook}' that is never called, for its stages "
+                        f"do not name {names}."
+                    )
 
     def __add__(self, other: Method | Composition) -> Composition:
         return Composition.of(self, other)

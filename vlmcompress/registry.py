@@ -8,6 +8,7 @@ first look-up.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -22,7 +23,8 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, group: str, builtin: tuple[str, ...]):
         self.kind, self.group, self.builtin = kind, group, builtin
         self._items: dict[str, type[T]] = {}
-        self._loaded = False
+        self._loaded = self._loading = False
+        self._lock = threading.RLock()  # a second thread waits until everything is there
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         def add(cls: type[T]) -> type[T]:
@@ -38,13 +40,28 @@ class Registry(Generic[T]):
 
     def items(self) -> dict[str, type[T]]:
         """Every registered class by name, sorted, built-in and third-party alike."""
-        if not self._loaded:
-            self._loaded = True
-            for package in self.builtin:
-                import_module(package)
-            for point in entry_points(group=self.group):
+        with self._lock:
+            if not self._loaded and not self._loading:
+                self._loading = True
+                try:
+                    self._load()
+                    self._loaded = True
+                finally:
+                    self._loading = False
+            return dict(sorted(self._items.items()))
+
+    def _load(self) -> None:
+        for package in self.builtin:
+            import_module(package)
+        for point in entry_points(group=self.group):
+            try:
                 point.load()
-        return dict(sorted(self._items.items()))
+            except Exception as error:
+                package = point.dist.name if point.dist is not None else "unknown"
+                raise ValueError(
+                    f"The {self.kind} '{point.name}' of the installed package '{package}' cannot be loaded "
+                    f"({type(error).__name__}: {error}); mend or uninstall that package."
+                ) from error
 
     def get(self, name: str) -> type[T]:
         items = self.items()

@@ -165,14 +165,19 @@ def watch_parts(
     ``watched``: the run to report to, None outside of one; ``wrap`` goes around every hook. Returns their handles.
     """
 
+    @torch.no_grad()
+    def show(part: str, inputs: Tensor, outputs: Tensor, run: Run) -> None:
+        # scores learn nothing; and gradient checkpointing, which runs the parts again, must find the same saved tensors
+        method.watch(index, part, inputs, outputs, run.state(method))
+
     def attention(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         if (run := watched()) is not None:
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            method.watch(index, "attention", inputs, output[0], run.state(method))
+            show("attention", inputs, output[0], run)
 
     def mlp(module: nn.Module, args: tuple, output: Tensor) -> None:
         if (run := watched()) is not None:
-            method.watch(index, "mlp", args[0], output, run.state(method))
+            show("mlp", args[0], output, run)
 
     return [
         layer.get_submodule("self_attn").register_forward_hook(wrap(attention), with_kwargs=True),

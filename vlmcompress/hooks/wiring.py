@@ -48,10 +48,11 @@ class Wiring:
         self._prefill = [m for m in method.at(Stage.PREFILL) if m.cut_layers(adapter)]
         self._cache = method.at(Stage.CACHE)
         self._choosers = [m for m in self._cache if type(m).attend is not Method.attend]
-        self._cuts = {m: frozenset(m.cut_layers(adapter)) for m in self._prefill}
+        self._cuts = {id(m): frozenset(m.cut_layers(adapter)) for m in self._prefill}
         self._policies = {id(m): self.policy(m, inside=True) for m in method.methods}
         self._signatures = {m: inspect.signature(m.forward) for m in (model, adapter.inner)}
         self._hooks: list[Any] = []
+        self._stood_in: list[tuple[nn.Module, str, Any]] = []
         watches = self._layerwise or any(m.tower_layers(adapter) for m in self._before)
         self._reads_prompt = adapter.reads_prompt or any(self._asking.values())
         self._layer_watcher = method.name if watches else None
@@ -107,10 +108,17 @@ class Wiring:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for door in self.adapter.doors.values():
-            del self.adapter.inner.__dict__[door]
-        if self._reads_prompt:
-            del self.model.__dict__["generate"]
+        for owner, name, before in reversed(self._stood_in):
+            if before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = before
+        self._stood_in.clear()
+
+    def _stand_in(self, owner: nn.Module, name: str, function: Callable) -> None:
+        """Put ``function`` in the place of a method of this one object, until :meth:`remove`."""
+        self._stood_in.append((owner, name, owner.__dict__.get(name)))
+        owner.__dict__[name] = _eager(function)
 
     @property
     def _is_aside(self) -> bool:
@@ -185,7 +193,7 @@ class Wiring:
             finally:
                 self._local.prompt = None
 
-        self.model.__dict__["generate"] = _eager(generate)
+        self._stand_in(self.model, "generate", generate)
 
     @property
     def _prompt(self) -> dict[str, Any]:
@@ -238,7 +246,7 @@ class Wiring:
             self._visions[kind] = vision
             return result
 
-        inner.__dict__[name] = _eager(features)
+        self._stand_in(inner, name, features)
 
     def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._bound(module, args, kwargs)
@@ -329,7 +337,7 @@ class Wiring:
         return hook
 
     def _after_layer(self, index: int):
-        prefill = [m for m in self._prefill if index in self._cuts[m]]
+        prefill = [m for m in self._prefill if index in self._cuts[id(m)]]
 
         def hook(module: nn.Module, args: tuple, output):
             run = self._run
