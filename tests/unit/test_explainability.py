@@ -130,7 +130,8 @@ def test_joint_budget_goes_where_the_scores_are():
 def test_text_in_front_of_the_image_only():
     model, inputs = tiny_llava(), prompts([[5, "image"]], 36)
     with vlmcompress.compress(model, "explainability", predictor="identity", keep=9) as handle:
-        model(**inputs)
+        with pytest.warns(UserWarning, match="no text behind it"):
+            model(**inputs)
         assert len(handle.last.samples[0].images[0].kept) == 9
 
 

@@ -7,6 +7,7 @@ Lei et al., "Generic Token Compression in Multimodal Large Language Models from 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -116,7 +117,7 @@ class Explainability(Method):
         """[I, n_max] fp32: attention of the instruction to every visual token, mean over heads and rows.
 
         The instruction of an image is the text behind its last token; where there is none, what ``suffix_tokens`` set
-        aside counts after all, and then the prompt's last token.
+        aside counts after all, and then, with a warning, the prompt's last token.
         """
         frame, layout = layer.frame, layer.layout
         rows, weights = self._rows(layer)
@@ -143,10 +144,17 @@ class Explainability(Method):
             asked = text & (left > self.suffix_tokens)
             text = torch.where(asked.any(1, keepdim=True), asked, text)
         last = slot == frame.last[layout.batch_index[:, 0]][:, None]
-        text = torch.where(text.any(1, keepdim=True), text, last)
+        told = text.any(1, keepdim=True)
+        text = torch.where(told, text, last)
         wanted = torch.zeros(frame.text.shape, dtype=torch.int32, device=slot.device)
         wanted = wanted.index_add(0, layout.batch_index[:, 0], text.int()) > 0
-        width = int(wanted.sum(1).max())
+        width, blind = torch.stack([wanted.sum(1).max(), (~told).sum()]).tolist()
+        if blind:
+            warnings.warn(
+                "An image has no text behind it; 'explainability' ranks its tokens by the prompt's last token, which is no "
+                "question. Put the question behind the image.",
+                stacklevel=2,
+            )
         order = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, len(slot) - width :]
         real = wanted.gather(1, order)
         mine = text.gather(1, order[layout.batch_index[:, 0]]) & real[layout.batch_index[:, 0]]
