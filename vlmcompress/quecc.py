@@ -72,14 +72,23 @@ def from_pretrained(name: str, **options: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def query(model: PreTrainedModel, tokenizer: Any, questions: Sequence[str]) -> Iterator[None]:
+def query(
+    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], images: Sequence[int] | None = None
+) -> Iterator[None]:
     """Answer inside: the images of a batch are compressed for ``questions``, one per row; an empty one asks "image".
+
+    ``images``: how many images each row has, where that is not one each: they are made into tokens before a prompt tells.
+    Raises ``ValueError`` for another number of rows in ``images``.
 
     Needed for ``generate``, which refuses keyword arguments that it does not know. A forward pass may bring
     ``query_input_ids`` and ``query_attention_mask`` instead.
     """
     projector = _projector_of(model)
     vectors = question_vectors(model, **encode_questions(tokenizer, questions))
+    if images is not None:
+        if len(images) != len(questions):
+            raise ValueError(f"images has {len(images)} numbers for {len(questions)} questions; name one for each row.")
+        vectors = vectors.repeat_interleave(torch.tensor(images, device=vectors.device), dim=0)
     projector.ask(vectors)
     try:
         yield

@@ -91,6 +91,23 @@ def test_rows_with_several_images_and_batches_agree_with_single_rows():
 
 
 @torch.no_grad()
+def test_generate_with_several_images_and_none_in_a_row():
+    spec = [[2, "image", 3, "image", 2], [3], [3, "image", 2]]
+    model, inputs = fresh(), batch(9, spec)
+    ids = torch.randint(4, 97, (3, 5), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(map(str, row)) for row in ids.tolist()]
+    wanted = model(**inputs, query_input_ids=ids, query_attention_mask=torch.ones_like(ids)).logits[:, -1]
+    with quecc.query(model, Words(), texts, images=[2, 0, 1]):
+        found = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True).logits[0]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    with (
+        pytest.raises(ValueError, match="2 numbers for 3 questions"),
+        quecc.query(model, Words(), texts, images=[2, 1]),
+    ):
+        pass
+
+
+@torch.no_grad()
 def test_query_none_needs_no_question_and_mean_differs():
     inputs = batch(4)
     none = fresh(4, query="none")

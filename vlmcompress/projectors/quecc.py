@@ -164,7 +164,10 @@ class QueCCProjector(nn.Module):
             if self.question is None:
                 raise ValueError("QueCC reads the question; run the model inside vlmcompress.quecc.query(model, ...).")
             if len(self.question) != len(x_multi):
-                raise ValueError(f"There are {len(self.question)} question vectors for {len(x_multi)} images.")
+                raise ValueError(
+                    f"There are {len(self.question)} question vectors for {len(x_multi)} images; where rows have other than "
+                    "one image, vlmcompress.quecc.query takes their numbers as images=."
+                )
             text = self.question.to(x_multi)[:, None]
             if self._once:
                 self.question = None
