@@ -74,14 +74,15 @@ def test_parameter_counts():
             assert sum(p.numel() for p in TokenFlexProjector(d_vision, d_text).parameters()) == n
 
 
+@pytest.mark.parametrize("prefix", ["projector.mlp.", "mlp.", ""])
 @torch.no_grad()
-def test_released_names_load():
+def test_released_names_load(prefix):
     ours = TokenFlexProjector(8, 12, num_image_tokens=4)
     names = {"norm": "layernorm", "gate": "f1", "up": "f2", "down": "g"}
     released = {}
     for key, value in ours.state_dict().items():
         part, leaf = key.removeprefix("mlp.").split(".")
-        released[f"mlp.{names[part]}.{leaf}"] = value + 1
+        released[f"{prefix}{names[part]}.{leaf}"] = value + 1
     fresh = TokenFlexProjector(8, 12)
     fresh.load_state_dict(released)
     assert all(fresh.state_dict()[k].equal(v + 1) for k, v in ours.state_dict().items())

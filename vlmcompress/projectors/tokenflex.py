@@ -42,7 +42,7 @@ class TokenFlexProjector(nn.Module):
     the same weights serve every N ≥ 1, trained or not; N above the number of patches repeats them. Weights keep the
     defaults of ``torch.nn``: the 0.02 normal that a ``post_init`` would draw cripples narrow models.
 
-    ``load_state_dict`` also takes the released names (``layernorm``, ``f1``, ``f2``, ``g``), with or without ``mlp.``.
+    ``load_state_dict`` also takes the released names (``layernorm``, ``f1``, ``f2``, ``g``), with or without ``projector.`` and ``mlp.``.
 
     Args:
         d_vision: width of the vision features.
@@ -136,9 +136,9 @@ def square(patches: int) -> tuple[int, int]:
 
 
 def _accept_released(module: nn.Module, state: dict[str, Any], prefix: str, *_) -> None:
-    """Rename ``prefix`` + [mlp.](layernorm | f1 | f2 | g | norm | gate | up | down) to the module's own names, in place."""
+    """Rename ``prefix`` + [projector.][mlp.](layernorm | f1 | f2 | g | norm | gate | up | down) to our names, in place."""
     for key in [key for key in state if key.startswith(prefix)]:
-        part, _, leaf = key[len(prefix) :].removeprefix("mlp.").partition(".")
+        part, _, leaf = key[len(prefix) :].removeprefix("projector.").removeprefix("mlp.").partition(".")
         name = f"{prefix}mlp.{RELEASED.get(part, part)}.{leaf}"
         if leaf and name != key:
             state[name] = state.pop(key)
