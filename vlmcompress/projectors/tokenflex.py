@@ -42,7 +42,8 @@ class TokenFlexProjector(nn.Module):
     the same weights serve every N ≥ 1, trained or not; N above the number of patches repeats them. Weights keep the
     defaults of ``torch.nn``: the 0.02 normal that a ``post_init`` would draw cripples narrow models.
 
-    ``load_state_dict`` also takes the released names (``layernorm``, ``f1``, ``f2``, ``g``), with or without ``projector.`` and ``mlp.``.
+    ``load_state_dict`` also takes the released names (``layernorm``, ``f1``, ``f2``, ``g``), with or without
+    ``projector.`` and ``mlp.``.
 
     Args:
         d_vision: width of the vision features.
