@@ -228,7 +228,9 @@ class Composition:
                 )
         for method in self.methods:
             for hook, stages in _STAGES_OF.items():
-                if getattr(type(method), hook) is not getattr(Method, hook) and not method.stages & stages:
+                # an instance may leave out a stage of its class on purpose
+                declared = type(method).stages | method.stages
+                if getattr(type(method), hook) is not getattr(Method, hook) and not declared & stages:
                     names = " nor ".join(sorted(f"Stage.{stage.name}" for stage in stages))
                     raise ValueError(
                         f"'{method.name or type(method).__name__}' has a hook '{hook}' that is never called, for its stages "
