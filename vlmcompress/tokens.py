@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import LongTensor
+from .ops.places import leading, on_device
 from .ops.pooling import Pooling
 
 #: value of ``Layout.cell`` for tokens that no vision patch produced (``image_newline`` embeddings)
@@ -76,7 +77,7 @@ class Layout:
     @cached_property
     def batch_index(self) -> LongTensor:
         """[I, 1] batch row of each image, on the layout's device."""
-        return torch.tensor(self.sample, device=self.cell.device)[:, None]
+        return on_device(self.sample, self.cell.device)[:, None]
 
     def of_views(self, per_cell: Tensor, fill: float = 0.0) -> Tensor:
         """Bring a value per view and cell, [V, N, ...], to image order, [I, n_max, ...]; ``fill`` where no patch is."""
@@ -170,7 +171,7 @@ class Layout:
                 )
             source += range(start, end)
             sample += [row] * (end - start)
-        pick = torch.tensor(source, device=self.cell.device)
+        pick = on_device(source, self.cell.device)
         n = [self.n[i] for i in source]
         columns = placeholders.nonzero()[:, 1].split(n)
         return replace(
@@ -211,8 +212,7 @@ class Selection:
     @property
     def real(self) -> Tensor:
         """[I, k_max] bool: entries of ``keep`` that are no padding."""
-        place = torch.arange(self.keep.shape[1], device=self.keep.device)
-        return place < torch.tensor(self.counts, device=place.device)[:, None]
+        return leading(self.counts, self.keep.shape[1], self.keep.device)
 
     def places(self, n_max: int) -> LongTensor:
         """[I, n_max] place in ``keep`` of every token, -1 for dropped ones."""
@@ -224,7 +224,7 @@ class Selection:
 
     def of(self, source: list[int]) -> Selection:
         """The same choice for the images ``source``, in that order."""
-        pick = torch.tensor(source, device=self.keep.device)
+        pick = on_device(source, self.keep.device)
         owner = None if self.owner is None else self.owner[pick]
         copies = None if self.copies is None else self.copies[pick]
         return Selection(self.keep[pick], [self.counts[i] for i in source], owner=owner, copies=copies)

@@ -178,9 +178,7 @@ def _scatter(vision: Vision, output: Tensor) -> Tensor:
     assert selection is not None
     view = layout.view.gather(1, selection.keep)
     cell = layout.cell.gather(1, selection.keep)
-    number = torch.tensor(selection.counts, device=view.device)[:, None]
-    real = (torch.arange(view.shape[1], device=view.device) < number) & (cell >= 0)
-    return _table(layout, view, cell, real, output, float("nan"))
+    return _table(layout, view, cell, selection.real & (cell >= 0), output, float("nan"))
 
 
 def _table(
@@ -207,11 +205,7 @@ def _like_stock(table: Tensor, vision: Vision, adapter: Adapter) -> Tensor:
 
 def check_features(layout: Layout, selection: Selection, embeds: Tensor) -> None:
     """Refuse features of another pass: dropped places, and only those, hold NaN."""
-    real = torch.arange(selection.keep.shape[1], device=embeds.device) < torch.tensor(
-        selection.counts, device=embeds.device
-    ).unsqueeze(1)
-    kept = torch.zeros_like(layout.valid)
-    kept[torch.arange(len(layout), device=embeds.device)[:, None].expand_as(real)[real], selection.keep[real]] = True
+    kept = selection.places(layout.valid.shape[1]) >= 0
     gone = embeds[layout.batch_index, layout.column][..., 0].isnan()
     if bool(((gone == kept) & layout.valid & (layout.cell >= 0)).any()):
         raise ValueError("The image features of this call come from another pass; pass pixel_values instead.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..dtypes import LongTensor
+from ..ops.places import on_device
 from ..tokens import Layout, Selection
 from .run import Run, TowerState
 
@@ -43,7 +44,7 @@ def _stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
 
 
 def _layout(parts: list[Layout], order: list[int]) -> Layout:
-    pick = torch.tensor(order, device=parts[0].cell.device)
+    pick = on_device(order, parts[0].cell.device)
     views, seen = [0], [0]  # of the parts in front
     for part in parts:
         views.append(views[-1] + len(part.view_image))
@@ -88,7 +89,7 @@ def _all(layout: Layout) -> Selection:
 
 
 def _selection(parts: list[Selection], order: list[int]) -> Selection:
-    pick = torch.tensor(order, device=parts[0].keep.device)
+    pick = on_device(order, parts[0].keep.device)
     counts = [n for part in parts for n in part.counts]
     owner = copies = None
     if any(part.owner is not None for part in parts):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
+from ..ops.places import on_device
 from ..tokens import Layout
 from .run import TowerState
 
@@ -24,7 +25,7 @@ def start(layout: Layout, group: int) -> TowerState:
     device = layout.cell.device
     number = torch.arange(cells, device=device)
     ragged = any(n != cells for n in sizes)
-    valid = number < torch.tensor(sizes, device=device)[:, None] if ragged else None
+    valid = number < on_device(sizes, device)[:, None] if ragged else None
     ids = number.expand(len(sizes), -1)
     order = order_of(ids // group, valid, layout.window)
     return TowerState(
@@ -66,7 +67,7 @@ def pack(x: Tensor, valid: Tensor | None, order: LongTensor | None = None) -> Te
 
 def present_rows(tower: TowerState) -> LongTensor:
     """[S] row of the tower's full pack of every patch that is present, in the order of its present pack."""
-    sizes = torch.tensor(tower.sizes, device=tower.ids.device)
+    sizes = on_device(tower.sizes, tower.ids.device)
     rows = tower.ids + (sizes.cumsum(0) - sizes)[:, None]
     rows = pack(rows, tower.valid, tower.order)
     return rows if tower.full_order is None else tower.full_order.argsort()[rows]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dtypes import LongTensor
 from ..ledger import VisualTokens
+from ..ops.places import on_device
 from ..tokens import Frame, Layout, Selection
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Run:
         selection = vision.selection.of(layout.source)
         run = cls(layout, selection, vision.states, tower=vision.tower)
         if vision.selection.features is not None:
-            features = vision.selection.features[torch.tensor(layout.source, device=selection.keep.device)]
+            features = vision.selection.features[on_device(layout.source, selection.keep.device)]
             # newlines keep the model's own embedding: no patch made them
             real = selection.real & (layout.cell.gather(1, selection.keep) >= 0)
             rows = layout.batch_index.expand_as(selection.keep)[real]

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
+from .places import leading, on_device
 
 
 def top_indices(scores: Tensor, counts: list[int]) -> LongTensor:
@@ -23,8 +26,7 @@ def top_indices(scores: Tensor, counts: list[int]) -> LongTensor:
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :width]
     if all(c == width for c in counts):
         return order.sort(dim=1).values
-    number = torch.tensor(counts, device=scores.device)[:, None]
-    surplus = torch.arange(width, device=scores.device) >= number
+    surplus = ~leading(counts, width, scores.device)
     # sort the chosen ones among themselves and leave the padding behind them
     key = order + surplus * scores.shape[1]
     return order.gather(1, key.argsort(dim=1, stable=True))
@@ -33,7 +35,7 @@ def top_indices(scores: Tensor, counts: list[int]) -> LongTensor:
 def top_mask(scores: Tensor, counts: list[int]) -> Tensor:
     """[I, n] bool mask of the ``counts[i]`` largest scores of each row; ties go to the lowest index."""
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    return rank < torch.tensor(counts, device=scores.device)[:, None]
+    return rank < on_device(counts, scores.device)[:, None]
 
 
 def even_indices(n: int, k: int) -> LongTensor:
@@ -50,7 +52,7 @@ def fit_grid(k: int, rows: int, cols: int) -> tuple[int, int]:
     best, best_key = (1, 1), (-1.0, 0.0)
     for h in range(1, min(rows, k) + 1):
         w = min(cols, k // h)
-        skew = abs(torch.log(torch.tensor((w / h) / aspect)).item())
+        skew = abs(math.log(w / h / aspect))
         fill = h * w / k
         key = (fill if skew <= 0.7 else fill - 1.0, -skew)
         if key > best_key:
