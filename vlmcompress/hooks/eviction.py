@@ -106,6 +106,8 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
 
 def settle(run: Run, methods: list[Method], adapter: Adapter, policies: Mapping[int, str]) -> None:
     """Let the methods evict once more when the whole prompt has passed through every layer."""
+    if not methods:
+        return
     final = run.frame
     real = torch.ones_like(final.index, dtype=torch.bool) if final.valid is None else final.valid
     alive = torch.zeros(len(real), run.columns, dtype=torch.bool, device=real.device).scatter(1, final.index, real)
