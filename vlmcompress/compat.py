@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -53,6 +53,11 @@ def named_pixels(given: dict[str, Any], name: str) -> dict[str, Any]:
     if name in given or "pixel_values" not in given:
         return given
     return {name if key == "pixel_values" else key: value for key, value in given.items()}
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether the layers of ``model`` are run again in the backward pass, for which they leave out any cache."""
+    return getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
 
 
 def refuse_replays(model: Any, watching: str | None) -> None:

@@ -126,6 +126,38 @@ def test_watched_layers_can_be_checkpointed(model, inputs):
     assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
+def _gradients(model, inputs, name: str, options: dict) -> list[torch.Tensor]:
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    model.zero_grad()
+    with vlmcompress.compress(model, name, **options):
+        model(**inputs, labels=labels).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.skipif(vlmcompress.compat.REPLAYS_HOOKS, reason="refused there")
+@pytest.mark.parametrize(("name", "options"), [("grid", {"keep": 4}), ("fastv", {"keep": 4, "layer": 1})])
+def test_checkpointing_where_the_model_makes_its_cache_ahead(name, options):
+    family = FAMILIES["smolvlm"]
+    model = family.build().train()
+    inputs = prompts_tiles(family, model, [[5, (1, 2), 7], [4, (0, 0), 3]])
+    plain = _gradients(model, inputs, name, options)
+    model.gradient_checkpointing_enable()
+    for one, other in zip(plain, _gradients(model, inputs, name, options), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(vlmcompress.compat.REPLAYS_HOOKS, reason="refused with another sentence there")
+def test_masks_inside_checkpointed_tower_layers_are_refused():
+    family = FAMILIES["internvl"]
+    model = family.build().train()
+    inputs = prompts_tiles(family, model, [[5, (1, 2), 7]])
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="freeze the tower with eval()"):
+        _gradients(model, inputs, "tome", {"keep": 4})
+    model.model.vision_tower.eval()
+    assert _gradients(model, inputs, "tome", {"keep": 4})
+
+
 # methods of other packages --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Steps(Method):

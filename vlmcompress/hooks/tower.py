@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import checkpoints
 from ..ops.scores import folded_cls_logits
 from ..views import Joined, TowerEdit, TowerLayer
 from .packed import order_of, pack, present_rows, segments, start, unpack
@@ -106,6 +107,13 @@ def _hook_layer(vision: Vision, index: int, block: nn.Module, callers: list[Meth
         return changed
 
     def mask(module: nn.Module, args: tuple, kwargs: dict):
+        tower = vision.tower
+        assert tower is not None
+        if module is not block and checkpoints(block) and (tower.bias is not None or tower.valid is not None):
+            raise ValueError(
+                "Patches are masked inside this tower's layers, which gradient checkpointing runs again without the mask; "
+                "freeze the tower with eval(), or switch checkpointing off."
+            )
         return _masked(vision, adapter, args, kwargs)
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True)]

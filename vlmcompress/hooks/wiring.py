@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters.base import PIXELS, Adapter
-from ..compat import cache_of, named_pixels, refuse_replays
+from ..compat import cache_keyword, cache_of, checkpoints, named_pixels, refuse_replays
 from ..ledger import VisualTokens
 from ..method import Composition, Method, Stage
 from .arrival import arrive
@@ -284,6 +284,9 @@ class Wiring:
         embeds = kwargs.get("inputs_embeds")
         if args or embeds is None or getattr(self._local, "given", None) is None:
             return None
+        if cache_of(kwargs) is not None and checkpoints(self.adapter.language_model):
+            # made ahead by some families, and left empty
+            kwargs = {**kwargs, cache_keyword(self.adapter.language_model): None}
         run = self._start(embeds)
         if readers := [m for m in self._before if m.reads_first_layer]:
             arrive(run, kwargs, self.adapter, readers, self._equipment, self._local.given)
