@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..compat import cache_keyword, cache_of, checkpoints
 from ..dtypes import LongTensor
+from ..ops.places import put
 from ..tokens import Frame, pack
 from .cache import lead, managed
 from .masks import joined_mask
@@ -95,12 +96,9 @@ def _carried(run: Run) -> LongTensor:
     assert selection is not None and layout is not None
     if selection.copies is None:
         return run.frame.index
-    device = run.frame.index.device
-    real = torch.arange(selection.keep.shape[1], device=device) < torch.tensor(selection.counts, device=device)[:, None]
-    column = torch.arange(run.columns, device=device).repeat(len(run.frame.index), 1)
-    row = layout.batch_index.expand_as(selection.keep)[real]
-    column[row, layout.column.gather(1, selection.keep)[real]] = layout.column.gather(1, selection.copies)[real]
-    return column.gather(1, run.frame.index)
+    own, carried = (layout.column.gather(1, which) for which in (selection.keep, selection.copies))
+    column = torch.arange(run.columns, device=own.device).repeat(len(run.frame.index), 1)
+    return put(column, layout.batch_index, own, selection.real, carried).gather(1, run.frame.index)
 
 
 def _past_shift(run: Run) -> LongTensor | None:
@@ -165,29 +163,29 @@ def _first_frame(run: Run, embeds: Tensor, positions: str, mrope: bool) -> Frame
     layout, selection = run.layout, run.selection
     if layout is None:
         return Frame(here, run.chunk_valid if columns > 1 else None, image, [], base, here[:0, 0])
-    rows = layout.batch_index.expand_as(layout.column)
-    numbers = torch.arange(len(layout), device=device)[:, None].expand_as(rows)
-    image[rows[layout.valid], layout.column[layout.valid]] = numbers[layout.valid]
+    rows = layout.batch_index
+    image = put(image, rows, layout.column, layout.valid, torch.arange(len(layout), device=device)[:, None])
     if selection is None:
         return Frame(here, run.chunk_valid, image, list(layout.n), base, rows[:, 0])
 
-    count = torch.tensor(selection.counts, device=device)[:, None]
-    real = torch.arange(selection.keep.shape[1], device=device) < count
+    real = selection.real
     fed = layout.column.gather(1, selection.keep)  # [I, k_max] columns in feeding order
-    real_rows = rows[:, :1].expand_as(fed)[real]
-    keep = image < 0
+    text = image < 0
     if run.chunk_valid is not None:
-        keep = keep & run.chunk_valid
-    keep[real_rows, fed[real]] = True
+        text = text & run.chunk_valid
+    keep = put(text, rows, fed, real, real)
     # the j-th fed token takes the place of the j-th kept column
     order = fed.masked_fill(~real, columns).sort(dim=1).values
-    rank = here + 1
-    rank = rank.clone()
-    rank[real_rows, fed[real]] = order[real] + 1
-    lengths = keep.sum(1)
-    longest = int(lengths.max())
+    rank = put(here + 1, rows, fed, real, order + 1)
+    if run.chunk_valid is None:
+        lengths = [columns] * batch
+        for sample, before, after in zip(layout.sample, layout.n, selection.counts, strict=True):
+            lengths[sample] += after - before
+    else:
+        lengths = keep.sum(1).tolist()
+    longest = max(lengths)
     index, valid = pack(keep, longest, rank)
-    ragged = bool((lengths != longest).any())
+    ragged = min(lengths) < longest
     in_place, _ = pack(keep, longest)
     dropped = (image >= 0) & ~keep
     if positions == "original":
@@ -285,8 +283,7 @@ def dropped_columns(run: Run) -> Tensor:
     out = torch.zeros(frame.index.shape[0], run.columns, dtype=torch.bool, device=frame.index.device)
     layout = run.layout
     assert layout is not None
-    rows = layout.batch_index.expand_as(layout.column)
-    out[rows[layout.valid], layout.column[layout.valid]] = True
+    out = put(out, layout.batch_index, layout.column, layout.valid, layout.valid)
     alive = torch.zeros_like(out).scatter(1, frame.index, frame.visual)
     return out & ~alive
 
