@@ -147,8 +147,9 @@ class TowerEdit:
     that took in each present patch (-1: dropped); ``bias`` [V, n']: added to the attention logits of these keys from
     now on (log of merged sizes). ``newlines``: whether the newline of every row of a tiled picture that keeps a token
     stays. ``leading``: where the projector joins patches of different cells to a token, which then has no place of its
-    own, tokens take their image's first places. ``joined``: views were joined to fewer; then ``hidden`` is given, and
-    all tensors are [V', …].
+    own, tokens take their image's first places. ``flat``: the views of a tiled picture follow each other, each in the
+    order of ``keep``, without newlines. ``joined``: views were joined to fewer; then ``hidden`` is given, and all tensors
+    are [V', …].
     """
 
     keep: LongTensor
@@ -158,6 +159,7 @@ class TowerEdit:
     bias: Tensor | None = None
     newlines: bool = True
     leading: bool = False
+    flat: bool = False
     joined: Joined | None = None
 
 

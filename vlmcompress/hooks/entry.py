@@ -135,6 +135,11 @@ def from_tower(layout: Layout, tower: TowerState) -> Selection:
     if layout.one_view:
         counts = [ids.shape[1]] * len(layout) if valid is None else valid.sum(1).tolist()
         return Selection(ids, counts, owner=owner)
+    if tower.flat and layout.thumbnail is not None:
+        selection = _view_after_view(layout, ids, valid)
+        if owner is not None:
+            selection.owner = _owners(layout, selection, ids, owner)
+        return selection
     alive = torch.zeros(len(layout.view_image), cells, dtype=torch.bool, device=ids.device)
     if valid is None:
         alive.scatter_(1, ids, True)
@@ -147,6 +152,23 @@ def from_tower(layout: Layout, tower: TowerState) -> Selection:
     elif owner is not None and owner.shape[1] == cells:
         selection.owner = _owners(layout, selection, ids, owner)
     return selection
+
+
+def _view_after_view(layout: Layout, ids: LongTensor, valid: Tensor | None) -> Selection:
+    """The tokens ``ids`` [V, n] of tiled pictures, view after view, each in the tower's order."""
+    order = torch.arange(layout.cell.shape[1], device=ids.device).expand_as(layout.cell)
+    number = layout.to_views(order, fill=-1)
+    if bool((number < 0).any()):
+        raise ValueError(
+            "A picture of this call has padding around it, for which the prompt has no places; a flat sequence of views "
+            "needs pictures that fill their tiles."
+        )
+    number = number.gather(1, ids)
+    images: list[list[Tensor]] = [[] for _ in layout.n]
+    for view, image in enumerate(layout.view_image.tolist()):
+        images[image].append(number[view] if valid is None else number[view][valid[view]])
+    keep = [torch.cat(parts) for parts in images]
+    return Selection(torch.nn.utils.rnn.pad_sequence(keep, batch_first=True), [len(k) for k in keep])
 
 
 def _owners(layout: Layout, selection: Selection, ids: LongTensor, owner: LongTensor) -> LongTensor:

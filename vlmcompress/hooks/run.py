@@ -40,6 +40,7 @@ class TowerState:
     sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped
     newlines: bool = True  # whether newlines of rows with a kept token stay
     leading: bool = False  # whether tokens stand in their image's first places instead of their own
+    flat: bool = False  # whether views follow each other in the tower's order, without newlines
     #: towers in raster order whose patches are joined: place in the raster of patch group · token + place in it, [N · group]
     raster: LongTensor | None = None
     on_grid: bool = False  # whether the patches stand in the full raster again

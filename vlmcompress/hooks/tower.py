@@ -322,7 +322,7 @@ def _apply(tower: TowerState, edit: TowerEdit, hidden: Tensor, prefix: int) -> T
         tower.view = None if tower.view is None else tower.view.gather(1, keep)
     else:
         hidden = _join(tower, edit.joined, keep)
-    tower.valid, tower.newlines, tower.leading = edit.valid, edit.newlines, edit.leading
+    tower.valid, tower.newlines, tower.leading, tower.flat = edit.valid, edit.newlines, edit.leading, edit.flat
     tower.order = order_of(tower.ids // tower.group, tower.valid, tower.window)
     tower.bias = (
         edit.bias if edit.bias is not None else (tower.bias.gather(1, keep) if tower.bias is not None else None)

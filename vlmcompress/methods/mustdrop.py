@@ -74,6 +74,8 @@ class MustDrop(Method):
         key_rate: share of the tokens left after merging that can never be dropped, rounded up.
         clear_cache: the third stage.
         shared_merge: as in the official code, all views of a call merge as many windows as the least mergeable one.
+        official_flat: tiled images as in the official code: view after view, merged windows first in each, no newlines;
+            for pictures that fill their tiles, since the model has no places for padding.
         official_decode: the released positions of decoded tokens, for conformance; needs contiguous positions.
     """
 
@@ -88,6 +90,7 @@ class MustDrop(Method):
     key_rate: float = 0.08
     clear_cache: bool = True
     shared_merge: bool = False
+    official_flat: bool = False
     official_decode: bool = False
 
     summary: ClassVar[str] = (
@@ -123,6 +126,8 @@ class MustDrop(Method):
             raise ValueError(
                 f"A filter behind layer {layers[-1]} saves nothing: this language model has {depth} layers."
             )
+        if self.official_flat and (not adapter.tiled or adapter.joins_patches or not adapter.has_cls):
+            raise ValueError("official_flat is the code's sequence for LLaVA-NeXT; this family has no such views.")
         if isinstance(self.keep, float):
             least = 1 / self.window**2 if self.merge else 1.0
             lowest = least * (layers[0] + 1 + self.key_rate * (depth - layers[0] - 1)) / depth
@@ -147,7 +152,7 @@ class MustDrop(Method):
     # TOWER ------------------------------------------------------------------------------------------------------
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
         last = adapter.global_layers[-1]
-        return {0, last} if self.merge and not adapter.joins_patches else {last}
+        return {0, last} if (self.merge or self.official_flat) and not adapter.joins_patches else {last}
 
     def tower(self, layer: TowerLayer, state: dict) -> TowerEdit | None:
         behind = layer.group > 1 or layer.layout.pooling is not None
@@ -160,13 +165,18 @@ class MustDrop(Method):
         cells = layer.layout.view_grid[0] * layer.layout.view_grid[1]
         if behind or layer.n != cells:
             return None
-        state["flops"] = state.get("flops", 0) + 4 * layer.patches.numel()
-        merged = merge_windows(
-            layer.patches, layer.layout.view_grid, (self.window, self.window), self.similarity, shared=self.shared_merge
-        )
+        merged = None
+        if self.merge:
+            state["flops"] = state.get("flops", 0) + 4 * layer.patches.numel()
+            window = (self.window, self.window)
+            merged = merge_windows(
+                layer.patches, layer.layout.view_grid, window, self.similarity, shared=self.shared_merge
+            )
         if merged is None:
-            return None
-        return TowerEdit(merged.keep, hidden=merged.hidden, valid=merged.valid, owner=merged.owner)
+            return TowerEdit(layer.ids, valid=layer.valid, flat=True) if self.official_flat else None
+        return TowerEdit(
+            merged.keep, hidden=merged.hidden, valid=merged.valid, owner=merged.owner, flat=self.official_flat
+        )
 
     def _received(self, layer: TowerLayer, state: dict) -> tuple[Tensor, Tensor]:
         """[V, N] per view and original cell: the attention that its token gets, 0 where none is, and where one is."""
