@@ -34,6 +34,8 @@ def install(
     layers: Sequence[int] | None = None,
     heads: int = 8,
     query: str = "llm_last_token",
+    norm_eps: float = 1e-6,
+    dropout: float = 0.0,
 ) -> QueCCProjector:
     """Replace the projector of a stock LLaVA-1.5 by a fresh QueCC projector, in place.
 
@@ -48,14 +50,16 @@ def install(
         heads: of the attention over a region; they divide the tower's width.
         query: question vector: the language model's state at the question's last token, "mean" over its tokens, or
             "none" (ablation).
+        norm_eps: of the LayerNorms.
+        dropout: share of the attention weights that training sets to 0.
 
     Raises:
         ValueError: a count that the grid does not give, layers that the tower does not have, heads that do not divide the
-            width, a model of another build. The model is then as it was.
+            width, a dropout outside [0, 1), a model of another build. The model is then as it was.
     """
     depth = model.config.vision_config.num_hidden_layers if hasattr(model.config, "vision_config") else 0
     chosen = tuple(layers) if layers is not None else layers_for(depth)
-    return _attach(model, tokens, chosen, heads, query)
+    return _attach(model, tokens, chosen, heads, query, norm_eps, dropout)
 
 
 def from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -73,9 +77,10 @@ def from_pretrained(name: str, **options: Any) -> PreTrainedModel:
 
 @contextmanager
 def query(
-    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], images: Sequence[int] | None = None
-) -> Iterator[None]:
-    """Answer inside: the images of a batch are compressed for ``questions``, one per row; an empty one asks "image".
+    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], images: Sequence[int] | None = None, *,
+    fallback: str = FALLBACK,
+) -> Iterator[None]:  # fmt: skip
+    """Answer inside: the images of a batch are compressed for ``questions``, one per row; an empty one asks ``fallback``.
 
     ``images``: how many images each row has, where that is not one each: they are made into tokens before a prompt tells.
     Raises ``ValueError`` for another number of rows in ``images``.
@@ -84,7 +89,7 @@ def query(
     ``query_input_ids`` and ``query_attention_mask`` instead.
     """
     projector = _projector_of(model)
-    vectors = question_vectors(model, **encode_questions(tokenizer, questions))
+    vectors = question_vectors(model, **encode_questions(tokenizer, questions, fallback))
     if images is not None:
         if len(images) != len(questions):
             raise ValueError(f"images has {len(images)} numbers for {len(questions)} questions; name one for each row.")
@@ -96,9 +101,9 @@ def query(
         projector.ask(None)
 
 
-def encode_questions(tokenizer: Any, questions: Sequence[str]) -> dict[str, Tensor]:
-    """``query_input_ids`` and ``query_attention_mask`` [B, S] of questions; empty ones become "image"."""
-    texts = [question.strip() or FALLBACK for question in questions]
+def encode_questions(tokenizer: Any, questions: Sequence[str], fallback: str = FALLBACK) -> dict[str, Tensor]:
+    """``query_input_ids`` and ``query_attention_mask`` [B, S] of questions; empty ones become ``fallback``."""
+    texts = [question.strip() or fallback for question in questions]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     return {f"query_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
@@ -136,27 +141,32 @@ def question_vectors(model: PreTrainedModel, query_input_ids: Tensor, query_atte
 
 
 def _attach(
-    model: PreTrainedModel, tokens: int, layers: tuple[int, ...], heads: int = 8, query: str = "llm_last_token"
-) -> QueCCProjector:
+    model: PreTrainedModel, tokens: int, layers: tuple[int, ...], heads: int = 8, query: str = "llm_last_token",
+    norm_eps: float = 1e-6, dropout: float = 0.0,
+) -> QueCCProjector:  # fmt: skip
     adapter = adapter_for(model)
     check_replaceable(model, adapter)
     if not adapter.plain_views or adapter.tiled:
         raise ValueError(f"QueCC takes images of one view; {type(model).__name__} cuts them into tiles.")
     if query not in QUERIES:
         raise ValueError(f"query is one of {', '.join(QUERIES)}, not {query!r}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a share from 0 to below 1, not {dropout!r}.")
     vision = model.config.vision_config
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > vision.num_hidden_layers:
         raise ValueError(f"layers are hidden states 0 to {vision.num_hidden_layers} in ascending order, not {layers}.")
     grid = patch_grid(vision)
     projector = QueCCProjector(
         vision.hidden_size, adapter.text_config.hidden_size, layers=len(layers), grid=grid,
-        kernel=kernel_of(tokens, grid), heads=heads, query=query,
+        kernel=kernel_of(tokens, grid), heads=heads, query=query, norm_eps=norm_eps, dropout=dropout,
     )  # fmt: skip
     like = next(adapter.whole_projector.parameters(), model.get_input_embeddings().weight)
     model.model.multi_modal_projector = projector.to(like.device, like.dtype).train(model.training)
     model.config.vision_feature_layer = list(layers)
     model.config.image_seq_length = tokens
-    model.config.quecc = {"tokens": tokens, "layers": list(layers), "heads": heads, "query": query}
+    model.config.quecc = {
+        "tokens": tokens, "layers": list(layers), "heads": heads, "query": query, "norm_eps": norm_eps, "dropout": dropout,
+    }  # fmt: skip
     if not getattr(model.model, "_reads_questions", False):
         model.model._reads_questions = True
         model.register_forward_pre_hook(_before_model, with_kwargs=True)

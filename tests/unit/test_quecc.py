@@ -108,6 +108,16 @@ def test_generate_with_several_images_and_none_in_a_row():
 
 
 @torch.no_grad()
+def test_what_a_row_without_a_question_asks():
+    model, inputs = fresh(4), batch(4, [[2, "image", 3]])
+    found = []
+    for texts, options in ((["7 8"], {}), ([" "], {"fallback": "7 8"}), ([""], {})):
+        with quecc.query(model, Words(), texts, **options):
+            found.append(model(**inputs).logits)
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
+@torch.no_grad()
 def test_query_none_needs_no_question_and_mean_differs():
     inputs = batch(4)
     none = fresh(4, query="none")
@@ -129,10 +139,14 @@ def test_gradients_reach_the_projector_and_not_the_language_model_through_the_qu
 
 @torch.no_grad()
 def test_saves_and_loads(tmp_path):
-    model, inputs = fresh(4, layers=(1, 3)), batch(4)
+    model, inputs = fresh(4, layers=(1, 3), norm_eps=0.1, dropout=0.5), batch(4)
     wanted = model(**inputs, **questions()).logits
     model.save_pretrained(tmp_path)
-    assert quecc.from_pretrained(tmp_path).eval()(**inputs, **questions()).logits.equal(wanted)
+    again = quecc.from_pretrained(tmp_path).eval()
+    assert again(**inputs, **questions()).logits.equal(wanted)
+    assert not fresh(4, layers=(1, 3))(**inputs, **questions()).logits.equal(wanted)  # another norm_eps
+    again.model.multi_modal_projector.train()
+    assert not again(**inputs, **questions()).logits.equal(wanted)  # dropout
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'quecc' projector, but .* load it with vlmcompress\.quecc\.from_pretrained"):
         vlmcompress.compress(stock, "random", keep=2)
@@ -175,7 +189,7 @@ def test_bad_input():
     for options, message in (
         ({"tokens": 5}, "makes 36, 9, 4, 1 tokens of 6 × 6 patches, not 5"), ({"heads": 5}, "32 does not split into 5"),
         ({"layers": (1, 9)}, "hidden states 0 to 4"), ({"layers": (3, 1)}, "ascending"), ({"layers": ()}, "ascending"),
-        ({"query": "all"}, "query is one of"),
+        ({"query": "all"}, "query is one of"), ({"dropout": 1}, "0 to below 1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             quecc.install(model, **{"tokens": 9, **options})

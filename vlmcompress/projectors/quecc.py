@@ -26,9 +26,9 @@ def layers_for(depth: int) -> tuple[int, ...]:
     return tuple(layer for layer in found if 0 < layer < depth)
 
 
-def _branch(inputs: int, width: int) -> nn.Sequential:
+def _branch(inputs: int, width: int, eps: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6)
+        nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width, eps=eps)
     )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class QueCC(nn.Module):
         kernel: side of a region; it must divide both. With ``stride`` given, the official code's other pairs work too.
         stride: of the convolution; default ``kernel``.
         heads: of the attention.
+        norm_eps: of every LayerNorm.
+        dropout: share of the attention weights that training sets to 0.
         query: "llm_last_token" (the published one), "mean" (likewise a vector; the caller averages), or "none": no
             question, for ablation.
 
@@ -63,6 +65,8 @@ class QueCC(nn.Module):
         kernel: int = 4,
         stride: int | None = None,
         heads: int = 8,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
         query: str = "llm_last_token",
     ):
         super().__init__()
@@ -70,10 +74,10 @@ class QueCC(nn.Module):
         if d % heads:
             raise ValueError(f"A width of {d} does not split into {heads} heads.")
         self.query = query
-        self.clip_attn = nn.MultiheadAttention(d, heads, batch_first=True)
-        self.q_proj, self.k_proj, self.v_proj = _branch(d, d), _branch(d_multi, d), _branch(d_multi, d)
+        self.clip_attn = nn.MultiheadAttention(d, heads, dropout=dropout, batch_first=True)
+        self.q_proj, self.k_proj, self.v_proj = (_branch(width, d, norm_eps) for width in (d, d_multi, d_multi))
         self.q_downsample = nn.Conv2d(d, d, kernel, stride=stride or kernel, groups=d)
-        self.text_projection = nn.Sequential(nn.Linear(d_text, d), nn.LayerNorm(d, eps=1e-6))
+        self.text_projection = nn.Sequential(nn.Linear(d_text, d), nn.LayerNorm(d, eps=norm_eps))
 
     def forward(self, x_multi: Tensor, text: Tensor | None, x: Tensor) -> Tensor:
         """``x_multi`` [B, n, d_multi], question ``text`` [B, 1, d_text], ``x`` [B, n, d]."""
