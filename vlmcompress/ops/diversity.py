@@ -50,7 +50,7 @@ def diverse_order(
         if step:
             chosen = score.argmin(1)
         order[:, step] = chosen
-        cosine = torch.bmm(unit, unit[batch, chosen].unsqueeze(2)).squeeze(2)
+        cosine = settled(torch.bmm(unit, unit[batch, chosen].unsqueeze(2)).squeeze(2))
         if rule == "maxsum":
             score += cosine
         else:
@@ -81,6 +81,7 @@ class _Lookahead:
             if chosen not in self.cosines:
                 ahead = self._ahead(chosen, min(left, self.most, 4 + 2 * hits)) if len(found) > 1 else [chosen]
                 rows = thin_product(self._units(torch.tensor(ahead)), self.x).mul_(self.per_length)
+                rows = settled(rows)
                 self.cosines.update(zip(ahead, rows.numpy(), strict=True))
                 hits = 0
             self.join(self.score, self.cosines[chosen], out=self.score)
@@ -112,6 +113,14 @@ class _Lookahead:
     def _units(self, tokens: LongTensor) -> Tensor:
         """[len(tokens), C] their directions."""
         return self.x[tokens] * self.per_length[tokens, None]
+
+
+def settled(cosine: Tensor) -> Tensor:
+    """``cosine`` without its last digits in fp64, so that tokens which repeat tie; fp32 has none to spare.
+
+    A product in fp64 gives equal columns last digits that differ; in fp32 see :func:`thin_product`.
+    """
+    return cosine.round(decimals=12) if cosine.dtype == torch.float64 else cosine
 
 
 def thin_product(a: Tensor, b: Tensor) -> Tensor:
