@@ -43,7 +43,24 @@ EXTRAS = {
 
 INTERRUPTED = 130
 
-Keep = Annotated[str, typer.Option(help="Visual tokens per image, or a share of them (0.25).")]
+
+def _device(name: str) -> str:
+    """``name`` where tensors can be made there; a usage error in one sentence otherwise."""
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # every back-end has its own
+        raise typer.BadParameter(f"nothing can be computed on '{name}' here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+Keep = Annotated[
+    str | None, typer.Option(help="Visual tokens per image, or a share of them; default: a quarter (0.25).")
+]
+Device = Annotated[str, typer.Option(callback=_device, help="As PyTorch names it: cpu, cuda, cuda:1, mps ...")]
 
 
 @app.command()
@@ -52,13 +69,13 @@ def run(
     image: Annotated[Path, typer.Argument(help="Picture.")],
     question: Annotated[str, typer.Argument(help="Question about it.")],
     method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
-    keep: Keep = "0.25",
+    keep: Keep = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG of the kept patches over the picture.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: what the model's folder says, or 64.")
     ] = None,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Answer one question about one picture, and show what was kept."""
     from .commands.run import answer_one
@@ -93,7 +110,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 4,
     rounds: Annotated[int, typer.Option(min=0, help="Timed runs per row; 0 leaves the clocks out.")] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; few are faster on a busy machine.")] = None,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Accuracy, FLOPs, time and memory of methods × budgets, with the baselines that a claim must beat."""
     from .commands.evaluate import Settings, evaluate
@@ -188,7 +205,7 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
     ] = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     share: Annotated[bool, typer.Option("--share", help="A public address, through the servers of gradio.")] = False,
     results: Annotated[Path | None, typer.Option(help="Folder whose */report.json the table shows.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -204,13 +221,13 @@ def demo(
 def serve(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
-    keep: Keep = "0.25",
+    keep: Keep = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
     positions: Annotated[str, typer.Option(help="Position ids of the kept tokens.")] = "published",
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more are answered with 503.")] = 64,
-    device: str = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights, as in transformers.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
@@ -270,7 +287,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("results"),
     rounds: Annotated[int, typer.Option(min=1)] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Speed and memory on large random models: against natively short prompts, by method, by cache policy, by stage."""
     from .commands.bench import bench

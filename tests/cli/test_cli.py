@@ -69,6 +69,17 @@ BAD = {
     "keep a word": (["{model}", "{picture}", "what ?", "--keep", "abc"], "not 'abc'"),
     "keep above one": (["{model}", "{picture}", "what ?", "--keep", "1.5"], "1.5 is outside"),
     "keep not a number": (["{model}", "{picture}", "what ?", "--keep", "nan"], "keep"),
+    "budget given twice": (["{model}", "{picture}", "what ?", "--keep", "3", "-o", "keep=4"], "given twice"),
+    "budget of a method without": (
+        ["{model}", "{picture}", "what ?", "--method", "h2o", "--keep", "3"],
+        "no option 'keep'",
+    ),
+    "option of a wrong type": (["{model}", "{picture}", "what ?", "-o", "pooled=true"], "takes bool, not 'true'"),
+    "unknown device": (["{model}", "{picture}", "what ?", "--device", "abacus"], "can be computed on 'abacus'"),
+    "device that is not there": (
+        ["{model}", "{picture}", "what ?", "--device", "cuda:77"],
+        "can be computed on 'cuda:77'",
+    ),
     "empty question": (["{model}", "{picture}", "  "], "question is empty"),
     "no folder for the overlay": (["{model}", "{picture}", "what ?", "--out", "no/where.png"], "no folder 'no'"),
     "no question": (["{model}", "{picture}"], "Missing argument"),
@@ -104,9 +115,17 @@ def test_bad_input_of_run(call, places, case):
     assert says in err
 
 
+def test_a_schedule_of_its_own_needs_no_budget(call, tiny_folder, picture):
+    schedule = ["--method", "transprune", "-o", "layers=(1,2)", "-o", "fractions=(0.5,0.25)"]
+    code, out, err = call("run", tiny_folder, picture, "what ?", *schedule)
+    assert code == 0, err
+    assert "visual tokens, layer average" in out
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["--device", "abacus"], "can be computed on 'abacus'"),
         (["--tasks", "no-such-task"], "no task 'no-such-task'"),
         (["--methods", "grid,magic"], "no method 'magic'"),
         (["--methods", ","], "names nothing"),

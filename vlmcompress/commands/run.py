@@ -9,19 +9,30 @@ from typing import Any
 
 from rich.console import Console
 
+#: share of the visual tokens where no budget is given
+SHARE = 0.25
 
-def options_of(method: str, keep: str | None, pairs: list[str]) -> dict[str, Any]:
-    """Keyword arguments of ``compress`` from the command line; ``ValueError`` in one sentence for a bad one."""
+
+def options_of(method: str, keep: str | None, pairs: list[str], default: float | None = None) -> dict[str, Any]:
+    """Keyword arguments of ``compress`` from the command line; ``ValueError`` in one sentence for a bad one.
+
+    ``default``: the budget of methods that take one, where none is given; one that has options for a budget of its own
+    (its ``keep`` is None) goes by the options that were given.
+    """
     from ..eval.rows import parse_keep, parse_options
+    from ..method import create
     from ..registry import METHODS
 
-    fields = {f.name for f in dataclasses.fields(METHODS.get(method)) if f.init}
-    options: dict[str, Any] = {}
+    fields = {f.name: f for f in dataclasses.fields(METHODS.get(method)) if f.init}
+    options = parse_options(pairs)
+    if keep is not None and "keep" in options:
+        raise ValueError("The budget is given twice, by --keep and by --option; one is enough.")
     if keep is not None:
-        budget = parse_keep(keep)
-        if "keep" in fields:
-            options["keep"] = budget
-    return options | parse_options(pairs)
+        options["keep"] = parse_keep(keep)
+    elif default is not None and "keep" in fields and not (options and fields["keep"].default is None):
+        options = {"keep": default} | options
+    create(method, **options)
+    return options
 
 
 def answer_one(
@@ -29,7 +40,7 @@ def answer_one(
     image_path: Path,
     question: str,
     method: str,
-    keep: str,
+    keep: str | None,
     pairs: list[str],
     out: Path | None,
     max_new_tokens: int | None,
@@ -37,10 +48,8 @@ def answer_one(
 ) -> None:
     """Check everything cheap first, then load, answer, print the report and write the overlay."""
     from ..eval.loading import answer, encode, load, open_image
-    from ..method import create
 
-    options = options_of(method, keep, pairs)
-    create(method, **options)
+    options = options_of(method, keep, pairs, SHARE)
     if not question.strip():
         raise ValueError("The question is empty.")
     image = open_image(image_path)

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 
 def serve(
-    model_name: str, method: str, keep: str, pairs: list[str], positions: str, host: str, port: int, device: str,
+    model_name: str, method: str, keep: str | None, pairs: list[str], positions: str, host: str, port: int, device: str,
     dtype: str, max_waiting: int,
 ) -> None:  # fmt: skip
     """Check everything cheap first, then load, compress and serve until interrupted."""
     from ..attach import compress
     from ..eval.loading import load
-    from ..method import create
     from ..serving.hf import create_app, listen, server
-    from .run import options_of
+    from .run import SHARE, options_of
 
-    options = options_of(method, keep, pairs)
-    create(method, **options)
+    options = options_of(method, keep, pairs, SHARE)
     socket = listen(host, port)
     model, processor = load(model_name, device=device, dtype=dtype)
     handle = compress(model, method, positions=positions, **options)

@@ -68,7 +68,9 @@ def _images(body: bytes) -> list[Image.Image]:
 def main(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     method: Annotated[str, typer.Option(help="See `vlmcompress methods`.")] = "vtc-cls",
-    keep: Annotated[str, typer.Option(help="Visual tokens per image, or a share of them (0.25).")] = "0.25",
+    keep: Annotated[
+        str | None, typer.Option(help="Visual tokens per image, or a share of them; default: a quarter (0.25).")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Further options, NAME=VALUE.")] = None,
     host: str = "127.0.0.1",
     port: int = 8010,
@@ -77,9 +79,10 @@ def main(
     """Serve an encoder."""
     import uvicorn
 
-    from ..commands.run import options_of
+    from ..commands.run import SHARE, options_of
 
-    encoder = Encoder.from_pretrained(model, method, device=device, **options_of(method, keep, option or []))
+    options = options_of(method, keep, option or [], SHARE)
+    encoder = Encoder.from_pretrained(model, method, device=device, **options)
     uvicorn.run(create_app(encoder), host=host, port=port)
 
 
