@@ -369,7 +369,8 @@ def main(args: Sequence[str] | None = None) -> Any:
     # this process is ours: bars and advice of the libraries would hide the one sentence that matters
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, where it is installed
+    for name in ("torch.utils._pytree", "bitsandbytes"):  # the first for torchao; where they are installed
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         code = app(args, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -20,7 +20,7 @@ import vlmcompress.flex
 from vlmcompress import Composition, Method, Stage
 from vlmcompress.attach import current_handle
 from vlmcompress.registry import Registry
-from vlmcompress.views import EntryTokens, Selection
+from vlmcompress.views import Cut, EntryTokens, Selection
 
 N = 36
 ENTRY = {"methods": [{"method": "grid", "options": {"keep": 4}}], "positions": "published"}
@@ -207,6 +207,43 @@ def test_a_hook_that_would_never_be_called(model):
 
     with pytest.raises(ValueError, match="'Forgetful' has a hook 'entry' that is never called"):
         vlmcompress.compress(model, Forgetful())
+
+
+def _made(hook: str, answer) -> Method:
+    @dataclass(frozen=True)
+    class Made(Method):
+        stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY if hook == "entry" else Stage.PREFILL})
+
+        def cut_layers(self, adapter):
+            return [1] if hook == "prefill" else []
+
+    setattr(Made, hook, lambda self, view, state: answer(view))
+    return Made()
+
+
+PLACES = torch.tensor([[1, 3]] * 2)
+MISTAKES = [
+    ("entry", lambda view: view.layout.valid, "Tensor instead of Selection"),
+    ("entry", lambda view: Selection(PLACES[:1], [2]), "counts .2.; wanted is a list of one int per image"),
+    ("entry", lambda view: Selection(PLACES, torch.tensor([2, 2])), "counts tensor"),
+    ("entry", lambda view: Selection(PLACES, [5, 5]), "for a keep of 2 places"),
+    ("entry", lambda view: Selection(PLACES[0], [2, 2]), "a keep of torch.int64 .2.; wanted is torch.int64 .2, any."),
+    ("entry", lambda view: Selection(PLACES.float(), [2, 2]), "a keep of torch.float32"),
+    ("entry", lambda view: Selection(PLACES, [2, 2], features=torch.zeros(2, 5, 7)), "features of"),
+    ("prefill", lambda view: view.frame.text, "Tensor instead of Cut"),
+    ("prefill", lambda view: Cut(view.frame.text[:, :5], [0, 0]), "a mask of torch.bool .2, 5."),
+    ("prefill", lambda view: Cut(view.frame.text, [99, 0]), "counts .99, 0."),
+]
+
+
+@pytest.mark.parametrize(("hook", "answer", "says"), MISTAKES)
+@torch.no_grad()
+def test_a_mistake_in_a_method_is_named(model, inputs, hook, answer, says):
+    stock = model(**inputs).logits
+    with vlmcompress.compress(model, _made(hook, answer)), pytest.raises(ValueError, match=says) as caught:
+        model(**inputs)
+    assert str(caught.value).startswith(f"The {hook} hook of 'Made' answered")
+    assert model(**inputs).logits.equal(stock)
 
 
 @pytest.mark.parametrize("parts", [(), ("grid",), (Steps(), 3)])

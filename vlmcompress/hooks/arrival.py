@@ -10,6 +10,7 @@ import torch
 
 from ..compat import cache_of
 from ..tokens import Selection
+from .answers import checked_cut
 from .cache import managed
 from .decoder import open_frame, shifted, take_over
 from .layers import prefill_view
@@ -41,7 +42,8 @@ def arrive(
     # the states in front of layer 0 are to it what a layer's output is to the next
     view = prefill_view(run, -1, embeds, embeds, embeddings, adapter)
     for method in methods:
-        answer = method.arrival(view, run.state(method), equipment.get(id(method)))
+        chosen = method.arrival(view, run.state(method), equipment.get(id(method)))
+        answer = checked_cut(chosen, run.frame, method, "arrival")
         if answer is None or answer.counts == list(run.layout.n):
             continue
         mask = answer.mask[run.layout.batch_index, run.layout.column]

@@ -17,6 +17,7 @@ from ..dtypes import LongTensor
 from ..ops.pool import pool_grid
 from ..tokens import Layout, Selection
 from ..views import EntryTokens
+from .answers import checked_selection
 from .packed import order_of, pack, start, tokens_of, unpack
 from .run import TowerState, Vision
 from .tower import places
@@ -114,7 +115,8 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
             layout, vision.features, vision.pixel_values, adapter.pools, pooling, vision.unpooled, vision.project
         )
         for method in methods:
-            selection = method.entry(tokens, vision.state(method)) or selection
+            answer = checked_selection(method.entry(tokens, vision.state(method)), layout, method)
+            selection = selection if answer is None else answer
     elif methods:
         raise ValueError(
             "The vision tower did not run in this forward pass (were image features passed in ready-made?); "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dtypes import LongTensor
 from ..tokens import Frame
 from ..views import PrefillLayer
+from .answers import checked_cut
 from .attention import rows_cost, rows_of, values
 from .cache import PrunableLayer, managed
 from .decoder import cut, shifted
@@ -103,7 +104,7 @@ def after_layer(
     hidden = hidden if changed is None else changed
     for method in prefill:
         view = prefill_view(run, index, hidden, inputs, embeddings, adapter)
-        answer = method.prefill(view, run.state(method))
+        answer = checked_cut(method.prefill(view, run.state(method)), run.frame, method)
         if answer is None:
             continue
         frame = cut(run, answer.mask, answer.counts, index, policies[id(method)], adapter.mrope)
