@@ -69,6 +69,24 @@ def test_tower_cases(path):
             )
 
 
+@pytest.mark.parametrize("path", cases("vtc-cls", kind=("vision",)), ids=lambda p: p.stem)
+@pytest.mark.parametrize("ensemble", ["max", "min"])
+def test_other_ensembles(path, ensemble):
+    """The case's rows of every layer, joined otherwise."""
+    info, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    model = build(tensors, info, text_config(48))
+    ids = torch.full((1, 2 + info["num_patches"]), IMAGE)
+    ids[:, 0], ids[:, -1] = 5, 6
+    options = {"start_layer": info["start_layer"], "ensemble": ensemble}
+    with torch.no_grad(), vlmcompress.compress(model, "vtc-cls", keep=info["token_num"], **options) as handle:
+        model(input_ids=ids, pixel_values=tensors["in.pixel_values"])
+    rows = tensors["out.cls_attn_per_layer"][info["layers_used"]]
+    expected = getattr(rows, f"a{ensemble}")(0)
+    image = handle.last.samples[0].images[0]
+    torch.testing.assert_close(image.scores(), expected, atol=1e-6, rtol=0)
+    assert image.kept.equal(top_indices(image.scores()[None], [info["token_num"]])[0])
+
+
 @pytest.mark.parametrize("path", cases("vtc-cls", kind=("select",)), ids=lambda p: p.stem)
 def test_selection_with_ties(path):
     info, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))

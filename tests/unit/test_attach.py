@@ -252,6 +252,7 @@ BAD = [
     (("vtc-cls",), {"keep": True}, "not True"),
     (("vtc-cls",), {"layers": 0}, "at least 1"),
     (("vtc-cls",), {"layers": 2.5}, "at least 1"),
+    (("vtc-cls",), {"ensemble": "mean of all"}, "one of sum, max, min"),
     (("vtc-cls",), {"start_layer": 3}, "start_layer 3"),
     (("vtc-cls",), {"positions": "somewhere"}, "positions is one of"),
     (("fastv",), {"layer": 4}, "this language model has 4 layers"),

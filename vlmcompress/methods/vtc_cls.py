@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from ..method import Method, Stage, check_keep
 from ..ops.flowcut import mean_token
 from ..ops.scores import attention_row, received_attention
@@ -18,6 +20,9 @@ from ..views import EntryTokens, Selection, TowerLayer
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
+
+#: how the scores of two layers become one
+JOIN = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 @register_method("vtc-cls")
@@ -42,6 +47,8 @@ class VtcCls(Method):
             queries of its view; "mean_query" the attention of the mean query, which is cheaper.
         start_layer: first layer of the ensemble instead of ``layers``, as in the official command line; a negative one
             counts from the end of the tower.
+        ensemble: what becomes of the layers' scores: "sum" (ranks as the mean does), or the "max" or "min" of them, which
+            the paper tried too and found worse.
         pooled: tiled images: one ranking over all views of an image instead of an even share for each.
         newlines: tiled images: keep the newline of every row of the picture that keeps a patch; newlines come on top of
             ``keep``.
@@ -51,6 +58,7 @@ class VtcCls(Method):
     layers: int = 3
     score: str = "received"
     start_layer: int | None = None
+    ensemble: str = "sum"
     pooled: bool = False
     newlines: bool = True
 
@@ -64,6 +72,9 @@ class VtcCls(Method):
             raise ValueError(f"layers is the number of vision layers to sum, at least 1, not {self.layers!r}.")
         if self.score not in ("received", "mean_query"):
             raise ValueError(f"score is 'received' or 'mean_query', not {self.score!r}.")
+
+        if self.ensemble not in JOIN:
+            raise ValueError(f"ensemble is one of {', '.join(JOIN)}, not {self.ensemble!r}.")
 
     def check_family(self, adapter: Adapter) -> None:
         if not self.tower_layers(adapter):
@@ -94,9 +105,9 @@ class VtcCls(Method):
             row = received_attention(layer.q, layer.k, layer.scale, layer.bias, layer.valid)
             work = 2 * layer.n**2 * layer.q.shape[1] * layer.q.shape[-1] * len(row)
         row = layer.per_token(row) / layer.group
-        state["sum"] = row if "sum" not in state else state["sum"] + row
+        state["joined"] = row if "joined" not in state else JOIN[self.ensemble](state["joined"], row)
         state["flops"] = state.get("flops", 0) + work
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection:
-        state["scores"] = tokens.of_views(state.pop("sum"), fill=float("-inf"))
+        state["scores"] = tokens.of_views(state.pop("joined"), fill=float("-inf"))
         return tokens.select(state["scores"], self.keep, pooled=self.pooled, newlines=self.newlines)
