@@ -283,3 +283,18 @@ def test_noise_is_gumbel():
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         vlmcompress.compress(tiny_llava(), name, **options)
+
+
+@pytest.mark.parametrize("seed", [7, 21, 35])
+@torch.no_grad()
+def test_votes_for_tokens_that_repeat_tie_in_every_batch(seed):
+    """Their keys are equal, and a product of another shape rounds otherwise."""
+    model = tiny_llava(seed=seed, eos_token_id=None)
+    spec = [[20, "image", 24], [8, "image", 30], [28, "image", 9]]
+    inputs = prompts(spec, N, seed=seed)
+    ids = inputs["input_ids"]
+    inputs["input_ids"] = torch.where((ids != IMAGE) & inputs["attention_mask"].bool(), ids % 7 + 5, ids)
+    rows = [row_alone(inputs, spec, r) for r in range(3)]
+    same_alone(
+        model, inputs, rows, "tokenselect", {"select": 5, "sinks": 0, "local": 2, "reuse": None}, max_new_tokens=12
+    )

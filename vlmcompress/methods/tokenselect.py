@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dtypes import LongTensor
 from ..method import Method, Stage
-from ..ops.kv import retain, soft_votes
+from ..ops.kv import coarse, retain, soft_votes
 from ..registry import register_method
 from ..views import AttendLayer, CacheLayer, Eviction
 
@@ -32,7 +32,8 @@ class TokenSelect(Method):
     attention's time on long caches, not memory: the cache keeps a second copy of its keys without rotary embedding.
 
     Differs from the official code: query head h reads KV head ``h // (H / H_kv)`` (the kernel takes h mod H_kv, see
-    ``official_heads``); votes are in fp32, not in half precision; batches and padding work; the released code never
+    ``official_heads``); votes are in fp32, not in half precision, and tie when they agree to 14 binary places (tokens that
+    repeat; the earlier one is taken, whatever the batch); batches and padding work; the released code never
     runs its reuse of choices, which here follows the paper's algorithm 1. The chosen keys keep their true positions,
     where the authors renumber them 0, 1, ... to reach beyond the trained length: this does not extrapolate.
 
@@ -122,7 +123,7 @@ class TokenSelect(Method):
             if bool(hit.all()):
                 return books["chosen"][:, 0]
         keys = books["plain"] if self.vote == "unrotated" else layer.keys
-        votes = soft_votes(query, keys, middle, modulo=self.official_heads)
+        votes = coarse(soft_votes(query, keys, middle, modulo=self.official_heads))
         order, _ = retain(votes.masked_fill(~middle, -1.0)[:, None], None, self.select, 0, width=self.select)
         chosen = torch.zeros_like(middle).scatter(1, order[:, 0], True) & middle
         if hit is not None:

@@ -179,6 +179,14 @@ def recurrence(last: Tensor, longest: Tensor, step: int, *, official: bool = Tru
     return torch.where(seen, 2 * torch.sigmoid(-quiet / longest.clamp_min(1)), 0.0) + second
 
 
+def coarse(scores: Tensor, bits: int = 9) -> Tensor:
+    """fp32 ``scores`` ≥ 0 rounded to 23 - ``bits`` binary places, so that sums which only rounding tells apart tie.
+
+    Tokens that repeat have equal keys, and a matrix product of another shape adds up in another order.
+    """
+    return ((scores.view(torch.int32) + (1 << bits - 1)) & -(1 << bits)).view(torch.float32)
+
+
 def soft_votes(query: Tensor, keys: Tensor, candidates: Tensor, *, modulo: bool = False) -> Tensor:
     """TokenSelect: how much all heads together want to see each entry.
 
