@@ -59,6 +59,15 @@ def test_copies_are_refused_while_compressed(model, take):
     take(model)
 
 
+@torch.no_grad()
+def test_replicas_are_refused(model, inputs):
+    with vlmcompress.compress(model, "grid", keep=4):
+        replica = model._replicate_for_data_parallel()  # what torch.nn.DataParallel runs on every GPU
+        with pytest.raises(ValueError, match="copy of the compressed model"):
+            replica(**inputs)
+        model(**inputs)
+
+
 # configurations -------------------------------------------------------------------------------------------------
 def test_an_entry_that_was_there_comes_back(model):
     model.config.vlmcompress = ENTRY

@@ -165,6 +165,11 @@ class Wiring:
         return {**bound.pop("kwargs", {}), **bound}
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict):
+        if module is not self.model:
+            raise ValueError(
+                "This is a copy of the compressed model, as torch.nn.DataParallel makes for every GPU, and its hooks would "
+                "act on the original; train with DistributedDataParallel (torchrun, accelerate) instead."
+            )
         given = self._bound(module, args, kwargs)
         self._local.labels = None
         labels = given.get("labels")
