@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .cache_views import AttendLayer, CacheLayer, Eviction
 from .dtypes import LongTensor
 from .method import tokens_to_keep
+from .ops.places import on_device
 from .ops.pool import pool_grid
 from .ops.select import largest_remainder, top_indices, top_mask
 from .tokens import Frame, Layout, Selection
@@ -216,6 +217,32 @@ class PrefillLayer:
         """[B, S_f] per slot → [I, c_max] per alive visual token of each image."""
         slots, valid = self.frame.slots()
         return per_slot[self.layout.batch_index, slots].masked_fill(~valid, fill)
+
+    def to_slots(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
+        """[I, c_max] per alive visual token → [B, S_f] per slot, ``fill`` elsewhere."""
+        slots, valid = self.frame.slots()
+        shape = self.frame.index.shape
+        place = (self.layout.batch_index * shape[1] + slots).masked_fill(~valid, shape.numel())
+        table = per_token.new_full((shape.numel() + 1,), fill)
+        return table.scatter(0, place.flatten(), per_token.flatten())[:-1].view(shape)
+
+    def together(self) -> PrefillLayer:
+        """This layer with all images of a sample taken for one: what is per image is then per sample that has some."""
+        samples, frame = sorted(set(self.layout.sample)), self.frame
+        owner = on_device([samples.index(sample) for sample in self.layout.sample], frame.index.device)
+        alive = dict.fromkeys(samples, 0)
+        for sample, count in zip(self.layout.sample, frame.counts, strict=True):
+            alive[sample] += count
+        joined = replace(
+            frame, image=torch.where(frame.image < 0, frame.image, owner[frame.image.clamp_min(0)]),
+            counts=list(alive.values()), image_row=on_device(samples, frame.index.device),
+        )  # fmt: skip
+        return replace(self, frame=joined, layout=replace(self.layout, sample=samples), flops=0)
+
+    def apart(self, cut: Cut) -> Cut:
+        """A cut of :meth:`together`, its counts per image again."""
+        slots, valid = self.frame.slots()
+        return Cut(cut.mask, (cut.mask[self.layout.batch_index, slots] & valid).sum(1).tolist())
 
     def tokens(self) -> LongTensor:
         """[I, c_max] number of every alive token among its image's original ones, in slot order; padding is 0."""

@@ -64,6 +64,7 @@ class FlowCut(Method):
             layers).
         official_coupling: all images of a batch drop the same number of patches at every cut, the largest of them, as
             in the released code.
+        pooled: in the second cut, several images of a prompt share one budget and are ranked together.
         variant: towers without a CLS token only. "official" is the released code: no similarity term, and single patches
             are kept, so that the projector joins patches of different blocks and the resulting tokens take the first
             positions of their image; towers whose patches only leave as whole tokens (attention windows, DeepStack)
@@ -78,6 +79,7 @@ class FlowCut(Method):
     first_prune_layer: int = 0
     llm_layer: int | None = 1
     official_coupling: bool = False
+    pooled: bool = False
     variant: str | None = None
 
     summary: ClassVar[str] = "progressive cuts inside the vision tower, their size by attention entropy"
@@ -273,10 +275,18 @@ class FlowCut(Method):
         ]
         if counts == layer.frame.counts:
             return None
-        score = last_token_score(layer)
+        unit = layer
+        if self.pooled:
+            unit = layer.together()
+            budgets = dict.fromkeys(unit.layout.sample, 0)
+            for sample, count in zip(layer.layout.sample, counts, strict=True):
+                budgets[sample] += count
+            counts = list(budgets.values())
+        score = last_token_score(unit)
         state["llm_scores"] = score
-        state["flops"] = state.get("flops", 0) + layer.flops + 4 * score.numel() * layer.hidden.shape[-1]
-        return layer.keep(top_mask(score, counts), counts)
+        state["flops"] = state.get("flops", 0) + unit.flops + 4 * score.numel() * layer.hidden.shape[-1]
+        cut = unit.keep(top_mask(score, counts), counts)
+        return layer.apart(cut) if self.pooled else cut
 
 
 def last_token_score(layer: PrefillLayer) -> Tensor:

@@ -92,6 +92,7 @@ class TransPrune(Method):
         accumulate: layers whose TTV is summed, counted from 1; None: from the first cut to the last.
         alpha: weight of TTV; 1 ranks by TTV alone and 0 by IGA alone, and what is not needed is not computed.
         direction: "signed" (1 - cos, the code) or "abs" (1 - |cos|, the paper's formula).
+        pooled: several images of a prompt share one budget and are ranked together, so that one of them may vanish.
     """
 
     keep: int | float | None = None
@@ -101,6 +102,7 @@ class TransPrune(Method):
     accumulate: tuple[int, ...] | None = None
     alpha: float = 0.5
     direction: str = "signed"
+    pooled: bool = False
 
     summary: ClassVar[str] = "tokens that middle layers change most and the question looks at, in three cuts"
     paper: ClassVar[str] = "arXiv 2507.20630"
@@ -218,22 +220,32 @@ class TransPrune(Method):
             state["flops"] = state.get("flops", 0) + 6 * inputs.numel()
 
     def prefill(self, layer: PrefillLayer, state: dict) -> Cut | None:
+        unit = layer.together() if self.pooled else layer
         if "plans" not in state:
-            depth = layer.depth
-            shares = [self.keep / n if isinstance(self.keep, int) and n else self.keep for n in layer.frame.counts]
-            state["plans"] = [self.schedule(depth, s if s is None else min(1.0, s)) for s in shares]
-            state["entered"] = list(layer.frame.counts)
+            state["plans"] = self._plans(unit, layer)
+            state["entered"] = list(unit.frame.counts)
             state["wanted"] = {a for plan in state["plans"] for a in plan.accumulate}
-        after, counts = layer.index + 1, list(layer.frame.counts)
-        for image, (plan, n) in enumerate(zip(state["plans"], state["entered"], strict=True)):
+        after, counts = layer.index + 1, list(unit.frame.counts)
+        for number, (plan, n) in enumerate(zip(state["plans"], state["entered"], strict=True)):
             if after in plan.layers:
-                counts[image] = min(counts[image], plan.counts(n)[plan.layers.index(after)])
-        if counts == layer.frame.counts:
+                counts[number] = min(counts[number], plan.counts(n)[plan.layers.index(after)])
+        if counts == unit.frame.counts:
             return None
         score = self.score(layer, state)
         if "scores" not in state:
             state["scores"] = layer.ranking(score)
-        return layer.keep(top_mask(score, counts), counts)
+        if not self.pooled:
+            return layer.keep(top_mask(score, counts), counts)
+        together = unit.of_images(layer.to_slots(score), fill=float("-inf"))
+        return layer.apart(unit.keep(top_mask(together, counts), counts))
+
+    def _plans(self, unit: PrefillLayer, layer: PrefillLayer) -> list[Schedule]:
+        """The schedule of every image, or of every sample where its images are ranked together."""
+        if not isinstance(self.keep, int):
+            return [self.schedule(layer.depth, self.keep)] * len(unit.frame.counts)
+        images = [layer.layout.sample.count(sample) if self.pooled else 1 for sample in unit.layout.sample]
+        shares = [self.keep * many / n if n else self.keep for many, n in zip(images, unit.frame.counts, strict=True)]
+        return [self.schedule(layer.depth, min(1.0, share)) for share in shares]
 
     # scores -----------------------------------------------------------------------------------------------------
     def score(self, layer: PrefillLayer, state: dict) -> Tensor:
@@ -241,9 +253,9 @@ class TransPrune(Method):
         _, valid = layer.frame.slots()
         score = torch.zeros(valid.shape, device=layer.hidden.device)
         if self.alpha > 0:
-            score += self.alpha * _share(self.transition(layer, state))
+            score += self.alpha * self._share(self.transition(layer, state), layer)
         if self.alpha < 1:
-            score += (1 - self.alpha) * _share(self.guidance(layer))
+            score += (1 - self.alpha) * self._share(self.guidance(layer), layer)
         state["flops"] = state.get("flops", 0) + layer.flops
         return score.masked_fill(~valid, float("-inf"))
 
@@ -256,12 +268,18 @@ class TransPrune(Method):
         for number, magnitude, cosine in state.pop("pending", []):
             weight = transition_weight(magnitude, cosine, layer.frame.valid, absolute=self.direction == "abs")
             per_token = layer.of_images(weight)
-            counted = [number in plan.accumulate for plan in state["plans"]]
+            counted = [number in plan.accumulate for plan in self._per_image(state["plans"], layer)]
             if not all(counted):
                 per_token = per_token * torch.tensor(counted, device=per_token.device)[:, None]
             total = total.scatter_add(1, tokens, per_token)  # padding adds 0 to token 0
         state["total"] = total
         return total.gather(1, tokens).masked_fill(~valid, 0.0)
+
+    def _per_image(self, plans: list[Schedule], layer: PrefillLayer) -> list[Schedule]:
+        if not self.pooled:
+            return plans
+        samples = sorted(set(layer.layout.sample))
+        return [plans[samples.index(sample)] for sample in layer.layout.sample]
 
     def guidance(self, layer: PrefillLayer) -> Tensor:
         """[I, c_max] IGA: mean over heads and instruction rows of the next layer's attention."""
@@ -269,7 +287,10 @@ class TransPrune(Method):
         total = sum(part.sum(1) for part in layer.mean_attention(rows, following=True))
         return layer.of_images(total / (rows >= 0).sum(1, keepdim=True))
 
-
-def _share(x: Tensor) -> Tensor:
-    """Normalise each image's values to sum one."""
-    return x / (x.sum(1, keepdim=True) + 1e-8)
+    def _share(self, x: Tensor, layer: PrefillLayer) -> Tensor:
+        """Normalise the values [I, c_max] of each image, or of all images of a sample, to sum one."""
+        total = x.sum(1)
+        if self.pooled:
+            rows = layer.layout.batch_index[:, 0]
+            total = total.new_zeros(len(layer.hidden)).index_add(0, rows, total)[rows]
+        return x / (total[:, None] + 1e-8)
