@@ -155,6 +155,19 @@ def test_tower_without_cls_ranks_by_the_mean_patch():
         assert mine.equal(best.sort().values)
 
 
+@torch.no_grad()
+def test_tower_without_cls_can_compare_tokens():
+    model = tiny_qwen()
+    inputs = prompts_qwen([[3, (4, 6), 2], [2, (3, 4), 5]])
+    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    with vlmcompress.compress(model, "globalcom2", keep=0.25, cosine="tokens") as handle:
+        model(**inputs)
+        for sample, tokens in zip(handle.last.samples, features, strict=True):
+            cosine = torch.nn.functional.cosine_similarity(tokens, tokens.mean(0), dim=-1)
+            assert sample.images[0].kept.equal((-cosine).topk(len(tokens) // 4).indices.sort().values)
+            torch.testing.assert_close(sample.images[0].scores()[: len(tokens)], -cosine, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["hf", "official"])
 @pytest.mark.parametrize(
     "after", [FastV(keep=10), TransPrune(), FastV(keep=10) + KeepLast(budget=40)], ids=["fastv", "transprune", "two"]
@@ -206,6 +219,7 @@ def test_bf16_models_are_scored_in_fp32():
         ({"tau": 0}, "tau is a temperature"),
         ({"alpha": 1.5}, "alpha is a weight"),
         ({"layout": "llava"}, "layout is 'hf' or 'official'"),
+        ({"cosine": "pixels"}, "cosine is 'patches' or 'tokens'"),
         ({"newlines": "none"}, "newlines is 'all' or 'occupied'"),
         ({"layout": "official", "newlines": "occupied"}, "newline after every row"),
     ],

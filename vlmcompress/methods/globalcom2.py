@@ -60,8 +60,8 @@ class GlobalCom2(Method):
     order and at their true cells. ``keep=1.0`` keeps everything and at least one token always stays, which holds for
     the code in neither case. An image of one view (LLaVA-1.5) counts as its own thumbnail: the top CLS scores stay.
     Towers without a CLS token rank by minus the cosine to the view's mean patch; the paper describes it, the code has
-    it not, and we take it in front of the projector. Where the projector joins patches to a token, their scores are
-    averaged (ours).
+    it not, and we take it in front of the projector (see ``cosine``). Where the projector joins patches to a token, their
+    scores are averaged (ours).
 
     The frames of a video play the crops, as the paper sketches it (no code was released): its mean token stands in for
     the thumbnail, the softmax runs over the frames' summed scores against that mean, and a token ranks by minus its
@@ -76,6 +76,8 @@ class GlobalCom2(Method):
         layout: "hf" keeps the model's order and its newlines; "official" reproduces the code to the letter, edge cases
             at 0 and 1 included: thumbnail tokens by descending score, crop tokens at their rank among the unpadded
             ones, a newline after every row of the padded grid.
+        cosine: towers without a CLS token, and videos: what the cosine compares, "patches" in front of the projector or
+            "tokens" behind it, which runs the projector once more.
         exact_budget: also meet a float's share of all tokens, newlines counted, exactly: largest remainder over what the
             crops would keep.
         newlines: "all" keeps every row's newline as the code does, "occupied" only those of rows that keep a patch.
@@ -85,6 +87,7 @@ class GlobalCom2(Method):
     tau: float = 10.0
     alpha: float = 0.5
     layout: str = "hf"
+    cosine: str = "patches"
     exact_budget: bool = False
     newlines: str = "all"
 
@@ -102,14 +105,17 @@ class GlobalCom2(Method):
             raise ValueError(f"alpha is a weight between 0 and 1, not {self.alpha}.")
         if self.layout not in ("hf", "official"):
             raise ValueError(f"layout is 'hf' or 'official', not {self.layout!r}.")
+        if self.cosine not in ("patches", "tokens"):
+            raise ValueError(f"cosine is 'patches' or 'tokens', not {self.cosine!r}.")
         if self.newlines not in ("all", "occupied"):
             raise ValueError(f"newlines is 'all' or 'occupied', not {self.newlines!r}.")
         if self.layout == "official" and self.newlines == "occupied":
             raise ValueError("layout='official' has a newline after every row; newlines='occupied' goes with 'hf'.")
 
     def tower_layers(self, adapter: Adapter) -> Collection[int]:
-        # the last layer's input is all that its CLS logits need
-        return (max(0, len(adapter.tower_layers) - 2),) if adapter.has_cls else (adapter.feature_layer,)
+        if adapter.has_cls:  # the last layer's input is all that its CLS logits need
+            return (max(0, len(adapter.tower_layers) - 2),)
+        return (adapter.feature_layer,) if self.cosine == "patches" else ()
 
     def tower(self, layer: TowerLayer, state: dict) -> None:
         views, n, width = layer.patches.shape
@@ -122,15 +128,18 @@ class GlobalCom2(Method):
         state["row"] = layer.per_token(row).detach() / layer.group
 
     def entry(self, tokens: EntryTokens, state: dict) -> Selection | None:
-        row, layout = state.pop("row"), tokens.layout
+        row, layout = state.pop("row", None), tokens.layout
         present = tokens.view_cells()
+        if row is None:
+            row = negative_cosine(self._compared(tokens), present)
+            state["flops"] = 2 * row.numel() * tokens.projected.shape[-1]
         images = self._images(tokens, row, present)
         scores = row.masked_fill(~present, float("-inf"))
         tiled = [image for image in images if image.crops and image.overview is not None]
         crops = [v for image in tiled for v in image.crops]
         for image in images:
             if image.overview is None:
-                scores[image.crops] = sum(_video_scores(tokens, image.crops, present)).masked_fill(
+                scores[image.crops] = sum(self._video_scores(tokens, image.crops, present)).masked_fill(
                     ~present[image.crops], float("-inf")
                 )
         if crops:
@@ -241,8 +250,17 @@ class GlobalCom2(Method):
         if self.layout == "official":
             raise ValueError("layout='official' is the released code's, which has no videos; layout='hf' does them.")
         sizes, n = present[frames].sum(1).tolist(), tokens.layout.n[number]
-        weights = richness(_video_scores(tokens, frames, present)[1].sum(1), self.tau).tolist()
+        weights = richness(self._video_scores(tokens, frames, present)[1].sum(1), self.tau).tolist()
         return _Image(number, None, frames, (0, 0), n, n - sum(sizes), 0, sizes, weights)
+
+    def _compared(self, tokens: EntryTokens) -> Tensor:
+        """[V, N, C] what the cosine of towers without a CLS token, and of videos, compares."""
+        return tokens.rows if self.cosine == "patches" else tokens.layout.to_views(tokens.projected)
+
+    def _video_scores(self, tokens: EntryTokens, frames: list[int], present: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, N] fp32 each: minus the cosine of every token to the mean of its frame, and to the mean of the video."""
+        x, real = self._compared(tokens)[frames], present[frames]
+        return negative_cosine(x, real), negative_cosine(x.flatten(0, 1)[None], real.flatten()[None]).view(real.shape)
 
     @staticmethod
     def _spread(tokens: EntryTokens, image: _Image, row: Tensor, present: Tensor) -> Tensor:
@@ -252,12 +270,6 @@ class GlobalCom2(Method):
         enlarged = enlarge(row[image.overview], layout.view_grid, layout.grid[image.number])
         canvas = torch.zeros(picture.shape, device=row.device).masked_scatter(picture, enlarged)
         return from_canvas(canvas, image.tiles, layout.view_grid)
-
-
-def _video_scores(tokens: EntryTokens, frames: list[int], present: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, N] fp32 each: minus the cosine of every token to the mean of its frame, and to the mean of the video."""
-    x, real = tokens.rows[frames], present[frames]
-    return negative_cosine(x, real), negative_cosine(x.flatten(0, 1)[None], real.flatten()[None]).view(real.shape)
 
 
 def _comparable(scores: Tensor, thumbnail: Tensor | None) -> Tensor:
