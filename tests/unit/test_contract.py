@@ -167,6 +167,78 @@ def test_masks_inside_checkpointed_tower_layers_are_refused():
     assert _gradients(model, inputs, "tome", {"keep": 4})
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("internvl", "todre", {"keep": 0.3, "pivot": "center"}),
+        ("internvl", "globalcom2", {"keep": 0.3}),
+        ("smolvlm", "tokenselect", {"select": 8, "sinks": 2, "local": 4}),
+    ],
+)
+@torch.no_grad()
+def test_mixed_precision(family, name, options):
+    family = FAMILIES[family]
+    model = family.build()
+    inputs = prompts_tiles(family, model, [[5, (2, 2), 7], [4, (1, 2), 3]])
+    with vlmcompress.compress(model, name, **options), torch.autocast("cpu", torch.bfloat16):
+        assert model(**inputs).logits.isfinite().all()
+        assert model.generate(**inputs, max_new_tokens=3).shape[0] == 2
+
+
+@torch.no_grad()
+def test_a_method_computes_in_its_own_precision_under_autocast(model, inputs):
+    found: dict[str, set[torch.dtype]] = {}
+
+    def note(hook: str, view, scores: torch.Tensor | None = None) -> None:
+        one = torch.ones(3, 3)
+        found.setdefault(hook, set()).update({(one @ one).dtype, torch.float32 if scores is None else scores.dtype})
+
+    @dataclass(frozen=True)
+    class Probe(Method):
+        stages: ClassVar[frozenset[Stage]] = frozenset(Stage)
+
+        def tower_layers(self, adapter):
+            return [1]
+
+        def cut_layers(self, adapter):
+            return [1]
+
+        def watch_layers(self, adapter):
+            return [0]
+
+        def tower(self, layer, state):
+            note("tower", layer, layer.q)
+
+        def entry(self, tokens, state):
+            note("entry", tokens)
+            assert tokens.projected.isfinite().all()
+
+        def watch(self, layer, part, inputs, outputs, state):
+            note("watch", None)
+
+        def prefill(self, layer, state):
+            note("prefill", layer, layer.attention(layer.frame.last[:, None], following=True))
+            assert layer.values().isfinite().all()
+
+        def cache(self, layer, state):
+            note("cache", layer)
+
+        def attend(self, layer, state):
+            note("attend", layer)
+
+        def settle(self, layer, state):
+            note("settle", layer)
+
+    with vlmcompress.compress(model, Probe()), torch.autocast("cpu", torch.bfloat16):
+        model.generate(**inputs, max_new_tokens=3)
+        one = torch.ones(3, 3)
+        assert (one @ one).dtype == torch.bfloat16
+    half = found.pop("tower")  # what the layer itself made stays as it is
+    assert half == {torch.float32, torch.bfloat16}
+    assert set(found) == {"entry", "watch", "prefill", "cache", "attend", "settle"}
+    assert all(types == {torch.float32} for types in found.values())
+
+
 # methods of other packages --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Steps(Method):

@@ -14,6 +14,7 @@ from .answers import checked_cut
 from .cache import managed
 from .decoder import open_frame, shifted, take_over
 from .layers import prefill_view
+from .precision import own_precision
 from .run import Run
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def arrive(
     # the states in front of layer 0 are to it what a layer's output is to the next
     view = prefill_view(run, -1, embeds, embeds, embeddings, adapter)
     for method in methods:
-        chosen = method.arrival(view, run.state(method), equipment.get(id(method)))
+        with own_precision(embeds.device):
+            chosen = method.arrival(view, run.state(method), equipment.get(id(method)))
         answer = checked_cut(chosen, run.frame, method, "arrival")
         if answer is None or answer.counts == list(run.layout.n):
             continue

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..dtypes import LongTensor
 from ..ops.rope import rotate
 from ..ops.scores import causal_attention_rows
+from .precision import own_precision
 
 
 def _heads(attention: nn.Module, projected: Tensor, norm: str) -> Tensor:
@@ -55,7 +56,8 @@ def rows_of(
     k = keys(layer, hidden, embeddings) if cached_keys is None else cached_keys
     q = queries(layer, picked, tables)
     if past is None:
-        return causal_attention_rows(q, k, rows, layer.self_attn.scaling, valid)
+        with own_precision(k.device):
+            return causal_attention_rows(q, k, rows, layer.self_attn.scaling, valid)
     old, old_valid = past
     batch, _, length, _ = old.shape
     if valid is not None or old_valid is not None:
@@ -63,9 +65,9 @@ def rows_of(
         parts = (old_valid, length), (valid, k.shape[2])
         valid = torch.cat([ones.expand(-1, n) if part is None else part for part, n in parts], dim=1)
     seen_up_to = torch.where(rows < 0, -1, rows + length)
-    return causal_attention_rows(
-        q, torch.cat([old, k], dim=2), seen_up_to, layer.self_attn.scaling, valid
-    )[..., length:]  # fmt: skip
+    with own_precision(k.device):
+        both = causal_attention_rows(q, torch.cat([old, k], dim=2), seen_up_to, layer.self_attn.scaling, valid)
+    return both[..., length:]
 
 
 def rows_cost(layer: nn.Module, hidden: Tensor, rows: LongTensor, project_keys: bool) -> int:

@@ -19,6 +19,7 @@ from ..tokens import Layout, Selection
 from ..views import EntryTokens
 from .answers import checked_selection
 from .packed import order_of, pack, start, tokens_of, unpack
+from .precision import own_precision, under_autocast
 from .run import TowerState, Vision
 from .tower import places
 
@@ -45,7 +46,7 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         vision.features = rows
         if not tokenwise(vision, adapter):
             return None
-        vision.project = lambda rows: _project(vision, rows, module, args, adapter)
+        vision.project = under_autocast(lambda rows: _project(vision, rows, module, args, adapter), rows.device)
         choose(vision, methods, adapter)
         embedded = vision.selection is not None and vision.selection.embedded
         vision.layout.chosen_again = vision.layout.projected is not None and not embedded
@@ -115,7 +116,8 @@ def choose(vision: Vision, methods: list[Method], adapter: Adapter) -> None:
             layout, vision.features, vision.pixel_values, adapter.pools, pooling, vision.unpooled, vision.project
         )
         for method in methods:
-            answer = checked_selection(method.entry(tokens, vision.state(method)), layout, method)
+            with own_precision(vision.features.device):
+                answer = checked_selection(method.entry(tokens, vision.state(method)), layout, method)
             selection = selection if answer is None else answer
     elif methods:
         raise ValueError(

@@ -15,6 +15,7 @@ from ..views import AttendLayer, CacheLayer, Eviction
 from .attention import keys, queries
 from .cache import PrunableLayer, picks
 from .decoder import shifted
+from .precision import own_precision, under_autocast
 from .run import Run
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def choose_entries(run: Run, index: int, hidden: Tensor, methods: list[Method], 
 
     view = AttendLayer(
         index=index, depth=len(adapter.decoder_layers), keys=store.keys, valid=store.valid, new=hidden.shape[1],
-        new_valid=frame.valid, books=store.books, memory=store.memory, _query=query,
+        new_valid=frame.valid, books=store.books, memory=store.memory, _query=under_autocast(query, hidden.device),
     )  # fmt: skip
     for method in methods:
-        chosen = method.attend(view, run.state(method))
+        with own_precision(hidden.device):
+            chosen = method.attend(view, run.state(method))
         if chosen is not None:
             store.selected = chosen
 
@@ -88,7 +90,9 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
         seen, held = store.visible, store.keys
         if upto is not None:
             held, seen = held[:, :, :upto], None if seen is None else seen[..., :upto]
-        return causal_logits(queries(layer, picked, tables), held, seen_up_to, layer.self_attn.scaling, seen)
+        asking = queries(layer, picked, tables)
+        with own_precision(asking.device):
+            return causal_logits(asking, held, seen_up_to, layer.self_attn.scaling, seen)
 
     def unrotated() -> Tensor:
         # projected anew: turning the cached keys back would leave equal tokens with keys that differ in the last bits
@@ -99,9 +103,12 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
     view = CacheLayer(
         index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
         new=new, prefill=run.layout is not None or new > 1, visual=store.books.get("visual"), groups=heads,
-        books=store.books, memory=store.memory, _logits=logits, _unrotated=unrotated,
+        books=store.books, memory=store.memory, _logits=under_autocast(logits, inputs.device),
+        _unrotated=under_autocast(unrotated, inputs.device),
     )  # fmt: skip
-    apply(run, index, method.cache(view, run.state(method)), positions)
+    with own_precision(inputs.device):
+        answer = method.cache(view, run.state(method))
+    apply(run, index, answer, positions)
 
 
 def settle(run: Run, methods: list[Method], adapter: Adapter, policies: Mapping[int, str]) -> None:
@@ -126,7 +133,9 @@ def settle(run: Run, methods: list[Method], adapter: Adapter, policies: Mapping[
             reached=torch.nn.functional.pad(reached, (past, 0), value=True),
         )  # fmt: skip
         for method in methods:
-            apply(run, index, method.settle(view, run.state(method)), policies[id(method)])
+            with own_precision(store.keys.device):
+                answer = method.settle(view, run.state(method))
+            apply(run, index, answer, policies[id(method)])
 
 
 def _no_attention(*_) -> Tensor:

@@ -18,6 +18,7 @@ from .cache import PrunableLayer, managed
 from .decoder import cut, shifted
 from .eviction import choose_entries, evict, shown
 from .masks import layer_mask
+from .precision import own_precision, under_autocast
 from .run import Run
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def after_layer(
     hidden = hidden if changed is None else changed
     for method in prefill:
         view = prefill_view(run, index, hidden, inputs, embeddings, adapter)
-        answer = checked_cut(method.prefill(view, run.state(method)), run.frame, method)
+        with own_precision(hidden.device):
+            answer = checked_cut(method.prefill(view, run.state(method)), run.frame, method)
         if answer is None:
             continue
         frame = cut(run, answer.mask, answer.counts, index, policies[id(method)], adapter.mrope)
@@ -155,7 +157,8 @@ def prefill_view(run: Run, index: int, hidden: Tensor, inputs: Tensor, embedding
         return projected, 2 * projected.numel() * inputs.shape[-1]
 
     assert run.layout is not None
-    return PrefillLayer(index, len(layers), hidden, frame, run.layout, attention, own_values, cost)
+    rows, value_states = (under_autocast(ask, hidden.device) for ask in (attention, own_values))
+    return PrefillLayer(index, len(layers), hidden, frame, run.layout, rows, value_states, cost)
 
 
 def watch_parts(
@@ -169,7 +172,8 @@ def watch_parts(
     @torch.no_grad()
     def show(part: str, inputs: Tensor, outputs: Tensor, run: Run) -> None:
         # scores learn nothing; and gradient checkpointing, which runs the parts again, must find the same saved tensors
-        method.watch(index, part, inputs, outputs, run.state(method))
+        with own_precision(outputs.device):
+            method.watch(index, part, inputs, outputs, run.state(method))
 
     def attention(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         if (run := watched()) is not None:

@@ -18,6 +18,7 @@ from ..compat import checkpoints
 from ..ops.scores import folded_cls_logits
 from ..views import Joined, TowerEdit, TowerLayer
 from .packed import order_of, pack, present_rows, segments, start, unpack
+from .precision import own_precision, under_autocast
 from .run import TowerState, Vision
 
 if TYPE_CHECKING:
@@ -265,9 +266,10 @@ def _call(
             bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
             whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers,
             native=adapter.packed_tower, frames=tower.frames, alive=tower.alive, _projected=projected,
-            _following=lambda hidden=hidden: _next_cls_logits(index, hidden, adapter),
+            _following=under_autocast(lambda hidden=hidden: _next_cls_logits(index, hidden, adapter), hidden.device),
         )  # fmt: skip
-        edit = method.tower(layer, vision.state(method))
+        with own_precision(hidden.device):
+            edit = method.tower(layer, vision.state(method))
         if edit is not None:
             if edit.leading and adapter.whole_tokens:
                 raise ValueError(
@@ -292,12 +294,14 @@ def _next_cls_logits(index: int, hidden: Tensor, adapter: Adapter) -> Tensor:
         weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
         x = nn.functional.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
         parts = [None if p is None else p.float() for m in ("q", "k") for p in (linear[m].weight, linear[m].bias)]
-        return folded_cls_logits(x, *parts, heads, adapter.tower_scale)[:, prefix - 1 :]
+        with own_precision(hidden.device):
+            return folded_cls_logits(x, *parts, heads, adapter.tower_scale)[:, prefix - 1 :]
     # quantised, adapted, normed or absent weights: call the modules as they are
     x = norm(hidden)
     k = linear["k"](x[:, prefix:])
     q, k, _ = adapter.split_qkv(index + 1, {"q": linear["q"](x[:, :1]), "k": k, "v": k})
-    logits = torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
+    with own_precision(q.device):
+        logits = torch.einsum("vhd,vhnd->vn", q[:, :, 0].float(), k.float()) * (adapter.tower_scale / heads)
     return logits.to(hidden.device)
 
 
