@@ -34,6 +34,9 @@ def compress(
     Image encoders without a language model (CLIP and SigLIP of transformers, open_clip, vision transformers of timm) take
     the methods that act in the tower; their handle is an :class:`vlmcompress.towers.EncoderHandle`.
 
+    Logits keep the caller's sequence length; hidden states and attentions that a call asks for have the lengths that its
+    layers worked on.
+
     Args:
         model: a stock model of a supported family (a PEFT wrapper around one is fine).
         method: a registered name (see ``vlmcompress.methods()``), a method instance, or methods joined with ``+``.

@@ -135,6 +135,20 @@ def test_watched_layers_can_be_checkpointed(model, inputs):
     assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("name", "options"), [("grid", {"keep": 4}), ("fastv", {"keep": 4, "layer": 1}), ("none", {})])
+@torch.no_grad()
+def test_the_number_of_labels_that_a_trainer_counts(model, inputs, name, options):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, 0] = -100  # no position predicts it
+    counted = (labels != -100).sum()
+    with vlmcompress.compress(model, name, **options):
+        mean = model(**inputs, labels=labels).loss
+        for items in (counted, int(counted), 2 * counted):  # the last one: two batches make a step
+            share = model(**inputs, labels=labels, num_items_in_batch=items).loss
+            torch.testing.assert_close(share, mean * counted / items)
+    assert counted == (labels != -100).sum()
+
+
 def _gradients(model, inputs, name: str, options: dict) -> list[torch.Tensor]:
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     model.zero_grad()

@@ -288,8 +288,16 @@ def dropped_columns(run: Run) -> Tensor:
     return out & ~alive
 
 
-def blank_labels(labels: Tensor, dropped: Tensor) -> None:
-    """Ignore the labels of dropped positions and those that a dropped position would have to predict."""
+def blank_labels(labels: Tensor, dropped: Tensor, items: Tensor | None = None) -> None:
+    """Ignore the labels of dropped positions and those that a dropped position would have to predict.
+
+    ``items``: the number of labels, in all batches that share one step, by which the loss is divided; it shrinks as the
+    labels of this batch do.
+    """
+    before = (labels != -100).sum()
     labels.masked_fill_(dropped.to(labels.device), -100)
     predicted = torch.nn.functional.pad(dropped, (1, 0))[:, :-1]
     labels.masked_fill_(predicted.to(labels.device), -100)
+    if items is not None:
+        left = (labels != -100).sum()
+        items.mul_(torch.where(left > 0, left / before.clamp_min(1), 1.0))

@@ -171,16 +171,19 @@ class Wiring:
                 "act on the original; train with DistributedDataParallel (torchrun, accelerate) instead."
             )
         given = self._bound(module, args, kwargs)
-        self._local.labels = None
-        labels = given.get("labels")
+        self._local.labels = self._local.items = None
+        labels, items = given.get("labels"), given.get("num_items_in_batch")
         if labels is None:
             return None
-        # a copy, in which the labels of dropped visual positions are blanked once they are known
+        # copies: the labels of dropped visual positions are blanked, and not counted, once they are known
         self._local.labels = given["labels"] = labels.clone()
+        if items is not None:
+            items = torch.as_tensor(items, dtype=torch.float32, device=labels.device).clone()
+            self._local.items = given["num_items_in_batch"] = items
         return (), given
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        self._local.labels = None
+        self._local.labels = self._local.items = None
 
     def _note_prompts(self) -> None:
         """Stand in for ``generate``, which makes the image features before the forward pass that tells their prompt."""
@@ -324,7 +327,7 @@ class Wiring:
             self.last = run.ledger(len(self.adapter.decoder_layers))
             labels = getattr(self._local, "labels", None)
             if labels is not None:
-                blank_labels(labels, dropped_columns(run))
+                blank_labels(labels, dropped_columns(run), self._local.items)
         if run.frame.index.shape[1] == run.columns and run.selection is None and len(run.frames) == 1:
             return None
         if isinstance(output, tuple):
