@@ -186,7 +186,7 @@ def test_masks_inside_checkpointed_tower_layers_are_refused():
     [
         ("internvl", "todre", {"keep": 0.3, "pivot": "center"}),
         ("internvl", "globalcom2", {"keep": 0.3}),
-        ("smolvlm", "tokenselect", {"select": 8, "sinks": 2, "local": 4}),
+        ("internvl", "tokenselect", {"select": 8, "sinks": 2, "local": 4}),
     ],
 )
 @torch.no_grad()
