@@ -51,6 +51,20 @@ def test_batched_equals_single_and_padding_does_not_matter(model, keep):
 
 
 @torch.no_grad()
+def test_a_sliver_that_fits_in_keeps_its_newlines_in_any_batch(model):
+    """Its 60 patches fit into 66, those of the other image do not."""
+    inputs = prompts_next(model, [[3, (4, 48), 4], [2, "square", 5]])
+    alone = one_row(inputs, 0, slice(0, 1))
+    before = model(**alone).logits[0]
+    with vlmcompress.compress(model, "flowcut", keep=66) as handle:
+        logits = model(**inputs).logits[0, -len(before) :]
+        sliver, square = (s.images[0] for s in handle.last.samples)
+        assert len(sliver.kept) == sliver.n_original == 60 + 2
+        assert not square.is_newline[square.kept].any()
+    torch.testing.assert_close(logits, before, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_budget_that_everything_fits_in_changes_nothing(model):
     inputs = prompts_next(model, SPEC)
     before, answer = model(**inputs).logits, model.generate(**inputs, **GREEDY)

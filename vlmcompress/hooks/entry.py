@@ -150,7 +150,9 @@ def from_tower(layout: Layout, tower: TowerState) -> Selection:
     else:  # padding may point anywhere
         alive[torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[valid], ids[valid]] = True
     mask = layout.of_views(alive, fill=False)
-    selection = Selection.from_mask(layout, layout.with_newlines(mask) if tower.newlines else mask)
+    # an image that keeps every patch keeps every newline, whatever becomes of the others in its batch
+    whole = (mask | ~layout.patch).all(1, keepdim=True)
+    selection = Selection.from_mask(layout, whole | (layout.with_newlines(mask) if tower.newlines else mask))
     if tower.leading and len(layout.view_image) == len(layout):
         selection.owner = layout.of_views(owner, fill=-1)
     elif owner is not None and owner.shape[1] == cells:
