@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..dtypes import LongTensor
-from ..hooks.masks import require_mask_support
+from ..hooks.masks import check_layer_masks, require_mask_support
 from ..method import Stage
 from ..registry import ADAPTERS, ENCODERS
 from ..tokens import Frame, Layout
@@ -387,12 +387,7 @@ class Adapter:
                     f"'{method.name}' drops tokens inside the language model, but this one has sliding-window layers "
                     "whose cache cannot give up entries; use a method that finishes before it (vtc-cls, grid, ...)."
                 )
-            implementation = self.text_config._attn_implementation
-            if implementation == "flex_attention":
-                raise ValueError(
-                    f"'{method.name}' gives every decoder layer its own mask, which flex attention cannot take; load "
-                    "the model with attn_implementation='sdpa'."
-                )
+            check_layer_masks(self.text_config, method.name)
 
     def _slides(self, layers: slice) -> bool:
         """Whether one of these decoder layers attends inside a sliding window."""

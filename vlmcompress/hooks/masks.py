@@ -17,6 +17,15 @@ def require_mask_support(config) -> None:
         )
 
 
+def check_layer_masks(config, name: str) -> None:
+    """Raise ``ValueError`` when the attention back-end cannot serve the method ``name``, which acts inside the decoder."""
+    if config._attn_implementation == "flex_attention":
+        raise ValueError(
+            f"'{name}' gives every decoder layer its own mask, which flex attention cannot take; load the model with "
+            "attn_implementation='sdpa'."
+        )
+
+
 def joined_mask(past: int, past_valid: Tensor | None, new_valid: Tensor | None, offset: int, shape) -> Tensor | None:
     """2-D mask for stock mask builders over a compressed cache; None when every entry is real.
 

@@ -187,4 +187,6 @@ def chunk_of(attention_mask: Tensor | None, columns: int) -> Tensor | None:
             "A compressed model needs the usual 2-D attention_mask [batch, tokens] (or none): "
             "a ready-made 4-D or block mask cannot follow tokens that leave."
         )
+    if attention_mask.shape[1] < columns:
+        raise ValueError(f"The attention_mask covers {attention_mask.shape[1]} of the {columns} tokens of this call.")
     return attention_mask[:, attention_mask.shape[1] - columns :].bool()

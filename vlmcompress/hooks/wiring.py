@@ -25,6 +25,7 @@ from .entry import check_features, choose, tokenwise, watch_projector
 from .eviction import settle
 from .join import join
 from .layers import after_layer, before_layer, uneven, watch_parts
+from .masks import check_layer_masks
 from .run import RUN_KEYWORD, Run, Vision
 from .takeover import check_cache
 from .tower import watch_tower
@@ -260,6 +261,8 @@ class Wiring:
         given = self._bound(module, args, kwargs)
         self._local.run, self._local.given = None, given
         refuse_replays(self.model, self._layer_watcher)
+        if self._layerwise:
+            check_layer_masks(self.adapter.text_config, self.method.name)
         cache = cache_of(given)
         if cache is not None and self.adapter.brings(given):
             check_cache(cache, self._evicting)
