@@ -158,7 +158,7 @@ class Adapter:
     @property
     def feature_layers(self) -> list[int]:
         """All vision layers (0-based) whose output goes to the projector, where the configuration chooses them."""
-        chosen = getattr(self.model.config, "vision_feature_layer", ())
+        chosen = getattr(getattr(self.model, "config", None), "vision_feature_layer", ())
         return [i % (len(self.tower_layers) + 1) - 1 for i in ([chosen] if isinstance(chosen, int) else chosen)]
 
     @property

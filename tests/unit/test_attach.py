@@ -305,3 +305,12 @@ def test_composition(model, inputs):
         methods["vtc-cls"]() + methods["grid"]()
     with pytest.raises(ValueError, match="Options"):
         vlmcompress.compress(model, composed, keep=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "tower-cls"])
+def test_towers_that_feed_several_layers_are_not_changed_behind_the_first(method):
+    model = tiny_llava()
+    model.config.vision_feature_layer = [0, -2]
+    with vlmcompress.compress(model, method, keep=9), pytest.raises(ValueError, match="would not fit"):
+        model(**prompts([[5, "image", 7]], 36))

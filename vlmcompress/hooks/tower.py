@@ -277,6 +277,13 @@ def _call(
                 )
             if vision.layout.pooling is not None:
                 raise ValueError(POOLED.format(f"'{method.name}'"))
+            shallow = min(adapter.feature_layers, default=index)
+            if shallow < index:
+                raise ValueError(
+                    f"'{method.name}' changes the patches behind vision layer {index}, and this model feeds the output of "
+                    f"vision layer {shallow} too, whose patches would not fit; use a method that acts behind the tower "
+                    "(vtc-cls, grid, ...)."
+                )
             assert edit.joined is None or adapter.joins_views
             hidden = _apply(tower, edit, hidden, prefix)
             edited = True
