@@ -116,6 +116,11 @@ class Adapter:
         return getattr(self.whole_projector, "per_token", self.whole_projector)
 
     @property
+    def projector_end(self) -> nn.Module:
+        """The module whose output is the features; what stands between it and :attr:`projector` must not meet NaN."""
+        return self.projector
+
+    @property
     def pools(self) -> bool:
         """Whether the projector pools the patches of a view to fewer or more tokens right now."""
         target = getattr(self.whole_projector, "output_grid", None)

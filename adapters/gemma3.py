@@ -48,6 +48,10 @@ class Gemma3Adapter(Adapter):
         return self.inner.multi_modal_projector.mm_soft_emb_norm
 
     @property
+    def projector_end(self) -> nn.Module:
+        return self.inner.multi_modal_projector
+
+    @property
     def feature_layer(self) -> int:
         return len(self.tower_layers) - 1
 

@@ -171,6 +171,15 @@ def _gradients(model, inputs, name: str, options: dict) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("name", ["grid", "pool", "vtc-cls"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_is_a_number(family, name):
+    family = FAMILIES[family]
+    model = family.build().train()
+    inputs = prompts_tiles(family, model, [[5, (1, 2) if family.tiled else (0, 0), 7]])
+    assert all(gradient.isfinite().all() for gradient in _gradients(model, inputs, name, {"keep": 0.3}))
+
+
 @pytest.mark.skipif(vlmcompress.compat.REPLAYS_HOOKS, reason="refused there")
 @pytest.mark.parametrize(("name", "options"), [("grid", {"keep": 4}), ("fastv", {"keep": 4, "layer": 1})])
 def test_checkpointing_where_the_model_makes_its_cache_ahead(name, options):

@@ -73,7 +73,15 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
             return None
         if vision.selection.embedded:
             output, vision.selection.features = vision.selection.features.to(output.dtype), None
-        return adapter.projector_output(_like_stock(_scatter(vision, output), vision, adapter))
+        table = _scatter(vision, output, float("nan") if adapter.projector_end is adapter.projector else 0.0)
+        return adapter.projector_output(_like_stock(table, vision, adapter))
+
+    def end(module: nn.Module, args: tuple, output: Tensor):
+        if vision.selection is None or not tokenwise(vision, adapter):
+            return None
+        # a product with NaN would make NaN of a weight's gradient, though nobody uses the place
+        there = _scatter(vision, output.new_ones(*vision.selection.keep.shape, 1), 0.0)
+        return output.masked_fill(there == 0, float("nan"))
 
     def side(module: nn.Module, args: tuple, output: Tensor):
         tower = vision.tower
@@ -88,6 +96,8 @@ def watch_projector(vision: Vision, methods: list[Method], adapter: Adapter) -> 
         vision.handles.append(module.register_forward_hook(side))
     vision.handles.append(adapter.projector.register_forward_pre_hook(pre))
     vision.handles.append(adapter.projector.register_forward_hook(post))
+    if adapter.projector_end is not adapter.projector:
+        vision.handles.append(adapter.projector_end.register_forward_hook(end))
 
 
 def _project(vision: Vision, rows: Tensor, module: nn.Module, args: tuple, adapter: Adapter) -> Tensor:
@@ -200,13 +210,13 @@ def _places_of(vision: Vision) -> tuple[LongTensor, LongTensor]:
     return view, cell
 
 
-def _scatter(vision: Vision, output: Tensor) -> Tensor:
-    """[.., k, C'] projected tokens → [V, N, C'] with NaN in the dropped places."""
+def _scatter(vision: Vision, output: Tensor, fill: float) -> Tensor:
+    """[.., k, C'] projected tokens → [V, N, C'] with ``fill`` in the dropped places."""
     layout, selection = vision.layout, vision.selection
     assert selection is not None
     view = layout.view.gather(1, selection.keep)
     cell = layout.cell.gather(1, selection.keep)
-    return _table(layout, view, cell, selection.real & (cell >= 0), output, float("nan"))
+    return _table(layout, view, cell, selection.real & (cell >= 0), output, fill)
 
 
 def _table(
