@@ -252,6 +252,16 @@ def test_half_precision(encoder):
         assert found.dtype == torch.bfloat16 and found.isfinite().all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_mixed_precision(encoder, method):
+    if method == "tower-cls" and not adapter_for(encoder).has_cls:
+        return
+    with torch.autocast("cpu", torch.bfloat16):
+        found, record = applied(encoder, method, frames().flatten(0, 1))
+    assert found.isfinite().all() and record.layer_tokens[-1] < record.layer_tokens[0]
+
+
 @torch.no_grad()
 def test_mean_of_members():
     model, pixels = ENCODERS["clip"](), frames().flatten(0, 1)

@@ -265,7 +265,8 @@ def _call(
             scale=adapter.tower_scale, prefix=prefix, has_cls=adapter.has_cls, ids=tower.ids, valid=tower.valid,
             bias=_key_bias(tower, prefix), layout=vision.layout, group=tower.group,
             whole_tokens=adapter.whole_tokens, global_layers=adapter.global_layers,
-            native=adapter.packed_tower, frames=tower.frames, alive=tower.alive, _projected=projected,
+            native=adapter.packed_tower, frames=tower.frames, alive=tower.alive,
+            _projected=under_autocast(projected, hidden.device),
             _following=under_autocast(lambda hidden=hidden: _next_cls_logits(index, hidden, adapter), hidden.device),
         )  # fmt: skip
         with own_precision(hidden.device):
