@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -122,6 +123,19 @@ def _base_model(model: Any) -> Any:
     return model
 
 
+def _saved(method: Method) -> dict[str, Any]:
+    """``method`` as a configuration holds it."""
+    found = {"method": method.name, "options": method.options()}
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The options of '{method.name or type(method).__name__}' cannot be saved in the model's configuration ({error}); "
+            "leave out in its options() what is no JSON."
+        ) from error
+    return found
+
+
 def _refuse_copies(protocol: Any) -> Any:
     raise ValueError(
         "A compressed model cannot be copied or pickled; call handle.remove() first, or save_pretrained and then "
@@ -141,10 +155,7 @@ class Handle:
     def __init__(self, model: Any, adapter: Adapter, method: Composition, positions: str):
         self.model, self.adapter, self.method, self.positions = model, adapter, method, positions
         self._wiring = self._wire()
-        self._entry = {
-            "methods": [{"method": m.name, "options": m.options()} for m in method.methods],
-            "positions": positions,
-        }
+        self._entry = {"methods": [_saved(m) for m in method.methods], "positions": positions}
         self._entry_before: Any = None
 
     def _put_on(self) -> None:

@@ -70,6 +70,18 @@ def test_a_comparison_that_fails_is_no_answer(model, name, option):
     assert current_handle(model) is None
 
 
+def test_options_that_cannot_be_saved(model):
+    @dataclass(frozen=True, eq=False)
+    class Weighted(Method):
+        weights: torch.Tensor
+
+        stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ENTRY})
+
+    with pytest.raises(ValueError, match="The options of 'Weighted' cannot be saved"):
+        vlmcompress.compress(model, Weighted(torch.ones(2)))
+    assert current_handle(model) is None
+
+
 def test_a_hook_that_would_never_be_called(model):
     @dataclass(frozen=True)
     class Forgetful(Method):
