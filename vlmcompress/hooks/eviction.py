@@ -80,16 +80,17 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
     cos, sin = (table.expand(len(inputs), -1, -1) for table in embeddings)
 
     def logits(rows: LongTensor, upto: int | None) -> Tensor:
-        at = rows.clamp_min(0)[..., None]
         if new == 1:
             picked, tables = inputs, (cos, sin)
         else:
+            at = rows.clamp_min(0)[..., None]
             picked = inputs.gather(1, at.expand(-1, -1, inputs.shape[-1]))
             tables = tuple(t.gather(1, at.expand(-1, -1, t.shape[-1])) for t in (cos, sin))
-        seen_up_to = torch.where(rows < 0, -1, rows + store.stored - new)
         seen, held = store.visible, store.keys
         if upto is not None:
             held, seen = held[:, :, :upto], None if seen is None else seen[..., :upto]
+        # the newest token sees all that is real
+        seen_up_to = None if new == 1 and seen is None else torch.where(rows < 0, -1, rows + store.stored - new)
         asking = queries(layer, picked, tables)
         with own_precision(asking.device):
             return causal_logits(asking, held, seen_up_to, layer.self_attn.scaling, seen)

@@ -59,15 +59,17 @@ def negative_cosine(x: Tensor, valid: Tensor | None = None) -> Tensor:
     return -torch.nn.functional.cosine_similarity(x, x.sum(1, keepdim=True), dim=-1)
 
 
-def causal_logits(query: Tensor, keys: Tensor, rows: Tensor, scale: float, valid: Tensor | None) -> Tensor:
+def causal_logits(query: Tensor, keys: Tensor, rows: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:
     """Attention logits of selected query rows; minus infinity where they may not look.
 
-    Arguments as for :func:`causal_attention_rows`. Returns [B, H, R, S] fp32.
+    Arguments as for :func:`causal_attention_rows`; ``rows`` None: all see every key. Returns [B, H, R, S] fp32.
     """
     batch, heads, count, dim = query.shape
     groups = keys.shape[1]
     grouped = (query.float() * scale).view(batch, groups, heads // groups * count, dim)
     logits = (grouped @ keys.float().mT).view(batch, groups, heads // groups, count, -1)
+    if rows is None:
+        return logits.flatten(1, 2)
     seen = (torch.arange(keys.shape[2], device=keys.device) <= rows[..., None])[:, None]
     if valid is not None:
         seen = seen & valid.view(batch, -1, 1, keys.shape[2])
