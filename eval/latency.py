@@ -131,14 +131,18 @@ class _Live(TorchDispatchMode):
         for tensor in tree_leaves(values):
             if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
                 continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes() if counted else 0
+            if tensor.is_mkldnn:  # its memory belongs to oneDNN and is no storage
+                held, key, size = tensor, tensor._cdata, tensor.numel() * tensor.element_size()
+            else:
+                held = tensor.untyped_storage()
+                key, size = held._cdata, held.nbytes()
             if key in self.known:
                 continue
+            size *= counted
             self.known.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key, size)
+            weakref.finalize(held, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -97,7 +97,7 @@ def _charts(report: dict[str, Any], found: Sequence[Disagreement]) -> list[tuple
 def _part(folder: Path, report: dict[str, Any], figures: list[dict], found: Sequence[Disagreement]) -> dict[str, Any]:
     tasks, before, rows = list(report["settings"]["tasks"]), None, []
     for row in report["rows"]:
-        classes = ["first"] * (row["method"] != before) + ["failed"] * bool(row["error"])
+        classes = ["first"] * (row["method"] != before) + ["failed"] * ("tasks" not in row)
         rows.append({"cells": table.cells(row, tasks), "classes": " ".join(classes)})
         before = row["method"]
     return {
@@ -125,7 +125,7 @@ def _part(folder: Path, report: dict[str, Any], figures: list[dict], found: Sequ
 
 def _budget(report: dict[str, Any]) -> int | float | None:
     """The smallest budget of the table: there methods differ most."""
-    keeps = [row["keep"] for row in report["rows"] if row["keep"] is not None and not row["error"]]
+    keeps = [row["keep"] for row in report["rows"] if row["keep"] is not None and "tasks" in row]
     return min(keeps, default=None)
 
 
@@ -135,7 +135,7 @@ def disagreements(folder: Path, report: dict[str, Any], model: str, samples: int
 
     if fingerprint(model) != report["model"]["fingerprint"]:
         raise ValueError(f"{folder} was not measured with the model '{model}': its fingerprint is another one.")
-    rows = [r for r in report["rows"] if r["keep"] == _budget(report) and not r["error"]]
+    rows = [r for r in report["rows"] if r["keep"] == _budget(report) and "tasks" in r]
     right: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
         run = Row(row["method"], row["keep"], tuple(row["seeds"]) or (None,), row["options"])

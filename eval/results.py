@@ -60,10 +60,12 @@ def summarize(
     timings: dict[str, dict[str, Any]],
     expected: int,
     totals: Mapping[str, Totals] | None = None,
+    unclocked: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One dict per row, the uncompressed one first; a row whose run failed carries ``error`` instead of numbers.
 
-    ``totals`` are metrics over all answers to a task, by task (:meth:`.tasks.Sample.aggregate`).
+    ``totals`` are metrics over all answers to a task, by task (:meth:`.tasks.Sample.aggregate`). ``unclocked``: errors of
+    rows whose clock failed, by row key; they keep their answers' numbers.
     """
     reference = _by_id(store.answers(UNCOMPRESSED)) if UNCOMPRESSED not in errors else {}
     table = []
@@ -74,7 +76,7 @@ def summarize(
         failed = [errors[key] for key in map(row.run_key, row.seeds) if key in errors]
         if not failed and any(len(run) < expected for run in runs):
             failed = ["not finished"]
-        entry["error"] = failed[0] if failed else errors.get(row.key)
+        entry["error"] = failed[0] if failed else (unclocked or {}).get(row.key)
         if not failed:
             everything = [line for run in runs for line in run.values()]
             entry |= {name: float(np.mean([line[name] for line in everything])) for name in PER_SAMPLE}

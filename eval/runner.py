@@ -174,7 +174,7 @@ def time_rows(
 
     All rows run once per round, so a busy machine slows all of them; attaching and removing is outside the clock. The
     uncompressed row is the stock model without hooks. Decoding is the time that ``decode_tokens`` further tokens add to
-    ``generate``. Rows that fail are returned with their one-sentence error instead.
+    ``generate``. Rows that fail are returned with their one-sentence error instead, and leave the others their clocks.
     """
     inputs = encode_chats(model, processor, [sample.chat()])
     refuse_zeros(inputs)
@@ -185,6 +185,7 @@ def time_rows(
         try:
             clock = _clock(model, processor, inputs, row, sample, decode_tokens)
             peaks[row.key] = clock.run(lambda c: peak_bytes(c.prefill, model.device))
+            _case(clock, "all")()  # what fails while decoding must not end the rounds
         except Exception as error:
             errors[row.key] = first_sentence(error)
             continue
@@ -244,8 +245,3 @@ def _case(clock: _Clock, part: str) -> Callable[[], float]:
         "all": lambda c: c.generate(1 + c.decode_tokens),
     }
     return lambda: clock.run(lambda c: milliseconds(lambda: run[part](c), c.model.device))
-
-
-def timed_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows worth a clock of their own: each once, whatever its seeds."""
-    return list({row.key: row for row in rows}.values())

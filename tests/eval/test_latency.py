@@ -39,6 +39,12 @@ def test_peak_memory_sees_what_is_freed_again():
     assert 4 << 20 <= peak_bytes(run) < 5 << 20
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_peak_memory_sees_tensors_without_a_storage():
+    given = torch.ones(1 << 10, 1 << 10)
+    assert 8 << 20 <= peak_bytes(lambda: given.to_mkldnn().to_dense()) < 9 << 20
+
+
 def test_shapes_are_seen():
     with tensor_shapes() as shapes:
         torch.ones(3, 4) @ torch.ones(4, 5)

@@ -72,12 +72,12 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     }
     store = Store(settings.out, configuration) if team.main else None
     console = Console(quiet=not team.main)
-    errors, timings = _measure(settings, model, processor, rows, samples, store, team, console)
+    errors, timings, unclocked = _measure(settings, model, processor, rows, samples, store, team, console)
     if store is None:
         return None
     table_rows = results.summarize(
         store, rows, list(samples), errors=errors, timings=timings, expected=sum(map(len, samples.values())),
-        totals={task: found[0].aggregate for task, found in samples.items()},
+        totals={task: found[0].aggregate for task, found in samples.items()}, unclocked=unclocked,
     )  # fmt: skip
     report = {
         "schema": results.SCHEMA,
@@ -130,8 +130,13 @@ def task_and_limit(text: str, limit: int | None) -> tuple[str, int | None]:
     return name, int(number)
 
 
-def _measure(settings, model, processor, rows, samples, store, team, console) -> tuple[dict[str, str], dict[str, Any]]:
-    """The two phases under one progress bar each: answers, then clocks."""
+def _measure(
+    settings, model, processor, rows, samples, store, team, console
+) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
+    """The two phases under one progress bar each: answers, then clocks of the rows that answered.
+
+    Errors by run key, clocks by row key, errors of clocks by row key.
+    """
     from ..eval.runner import run_rows, time_rows
 
     columns = (
@@ -151,11 +156,12 @@ def _measure(settings, model, processor, rows, samples, store, team, console) ->
         )  # fmt: skip
         progress.update(bar, description="answers")
         if not settings.rounds or not team.main:
-            return errors, {}
+            return errors, {}, {}
+        rows = [row for row in rows if not any(row.run_key(seed) in errors for seed in row.seeds)]
         clock = progress.add_task("clocks", total=3 * len(rows) * (settings.rounds + 2))
         first = next(iter(samples.values()))[0]
         timings, failed = time_rows(
             model, processor, rows, first, rounds=settings.rounds, tick=lambda: progress.advance(clock)
         )
         progress.update(clock, completed=3 * len(rows) * (settings.rounds + 2))
-    return failed | errors, timings
+    return errors, timings, failed
