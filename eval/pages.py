@@ -23,6 +23,7 @@ from typing import Any
 from ..catalog import recorded
 from .results import load_report
 from .rows import UNCOMPRESSED
+from .table import indistinct
 
 #: where results lie, seen from this file
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,10 +151,7 @@ def _budget(keep: int | float | None) -> str:
 def _cell(row: dict[str, Any] | None, task: str, keep: int | float | None, everything: float) -> str:
     if row is None or "tasks" not in row:
         return "–"
-    result = row["tasks"][task]
-    text, kept = f"{100 * result['accuracy']:.1f}", result["retained"]
-    if kept is not None and kept["low"] <= 1 <= kept["high"] and kept["low"] < kept["high"]:
-        text += " ≈"
+    text = f"{100 * row['tasks'][task]['accuracy']:.1f}{' ≈' * indistinct(row, task)}"
     wanted = keep if isinstance(keep, int) else (keep or 1.0) * everything
     if row["keep"] is not None and abs(row["layer_tokens"] - wanted) > 0.02 * everything:
         text += f" ({row['layer_tokens']:.0f})"

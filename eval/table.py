@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .rows import UNCOMPRESSED
+
 Cells = list[str]
 
 
@@ -17,7 +19,7 @@ def header(report: dict[str, Any]) -> Cells:
 
 def cells(row: dict[str, Any], tasks: list[str]) -> Cells:
     """One row in the order of :func:`header`; a failed row has dashes."""
-    name = "uncompressed" if row["method"] == "none" else row["method"]
+    name = "uncompressed" if row["method"] == UNCOMPRESSED else row["method"]
     if row["options"]:
         name += " " + ", ".join(f"{k}={v}" for k, v in sorted(row["options"].items()))
     if len(row["seeds"]) > 1:
@@ -27,7 +29,7 @@ def cells(row: dict[str, Any], tasks: list[str]) -> Cells:
         return [name, keep, *["failed" if not i else "–" for i in range(2 * len(tasks) + 6)]]
     found = [name, keep]
     for task in tasks:
-        found += _task(row["tasks"][task])
+        found += _task(row, task)
     timing = row["timing"]
     found += [f"{row['tokens_in']:.0f}", f"{row['layer_tokens']:.1f}", f"{row['full'] / 1e6:,.0f}"]
     for clock in ("prefill_ms", "decode_ms_per_token"):
@@ -35,15 +37,20 @@ def cells(row: dict[str, Any], tasks: list[str]) -> Cells:
     return [*found, f"{row['kv_bytes'] / 1024:,.0f}"]
 
 
-def _task(task: dict[str, Any]) -> Cells:
+def indistinct(row: dict[str, Any], task: str) -> bool:
+    """Whether a row cannot be told from the uncompressed model on a task: its interval holds 100 %."""
+    kept = row["tasks"][task]["retained"]
+    return row["method"] != UNCOMPRESSED and kept is not None and kept["low"] <= 1 <= kept["high"]
+
+
+def _task(row: dict[str, Any], name: str) -> Cells:
+    task = row["tasks"][name]
     spread = "" if task["sd_over_seeds"] is None else f" ± {100 * task['sd_over_seeds']:.1f}"
     accuracy = f"{100 * task['accuracy']:.1f}{spread} [{100 * task['low']:.1f}, {100 * task['high']:.1f}]"
     kept = task["retained"]
     if kept is None:
         return [accuracy, "–"]
-    # an interval that holds 100 % cannot be told from the uncompressed model on these questions
-    same = " ≈" if kept["low"] <= 1 <= kept["high"] and kept["low"] < kept["high"] else ""
-    return [accuracy, f"{100 * kept['value']:.1f}{same}"]
+    return [accuracy, f"{100 * kept['value']:.1f}{' ≈' * indistinct(row, name)}"]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -130,7 +137,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"Clocks: medians of {settings['rounds']} interleaved runs, one image at a time, on {machine['device']} with "
         f"{machine['threads']} thread(s), torch {machine['torch']}, transformers {machine['transformers']}.",
     ]
-    found += [f"Failed: {row['key']}: {row['error']}" for row in report["rows"] if row["error"]]
+    found += [
+        f"{'No clock' if 'tasks' in row else 'Failed'}: {row['key']}: {row['error']}"
+        for row in report["rows"]
+        if row["error"]
+    ]
     return found
 
 
@@ -148,5 +159,5 @@ def terminal(report: dict[str, Any]):
         if before is not None and row["method"] != before:
             table.add_section()
         before = row["method"]
-        table.add_row(*cells(row, tasks), style="red" if row["error"] else None)
+        table.add_row(*cells(row, tasks), style=None if "tasks" in row else "red")
     return table

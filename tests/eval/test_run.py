@@ -2,7 +2,8 @@
 """A whole evaluation on a random model: rows, resuming, failures, report."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from vlmcompress.eval.profiles import compressed
 from vlmcompress.eval.rows import STANDARD, Row, parse_keep, plan
 from vlmcompress.eval.store import Store
 from vlmcompress.eval.tasks import Sample
+from vlmcompress.method import Method, Stage
+from vlmcompress.registry import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,49 @@ def test_a_failing_row_leaves_the_others(loaded, samples, tmp_path):
     assert "failed" in table.markdown(report)
     with vlmcompress.compress(model, "grid", keep=3):  # the failure left nothing on the model
         pass
+
+
+@dataclass(frozen=True)
+class FailsLater(Method):
+    """A prompt passes, the second answered token does not."""
+
+    name: ClassVar[str] = "fails-later"
+    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.CACHE})
+
+    def cache(self, layer, state):
+        if not layer.prefill:
+            raise RuntimeError("no room to decode")
+
+
+def test_a_clock_that_fails_leaves_the_answers_and_the_other_clocks(loaded, samples, tmp_path, monkeypatch):
+    model, processor = loaded
+    METHODS.items()
+    monkeypatch.setitem(METHODS._items, "fails-later", FailsLater)
+    rows, store = [Row("none"), Row("fails-later"), Row("grid", 9)], Store(tmp_path, {})
+    errors = runner.run_rows(model, processor, rows, samples, store, max_new_tokens=1)
+    assert not errors
+    timings, unclocked = runner.time_rows(model, processor, rows, samples["toy"][0], rounds=1, decode_tokens=1)
+    assert set(timings) == {"none", "grid-keep9"}
+    assert unclocked == {"fails-later": "no room to decode"}
+    summary = results.summarize(store, rows, ["toy"], errors=errors, timings=timings, expected=12, unclocked=unclocked)
+    assert [row["error"] for row in summary] == [None, "no room to decode", None]
+    assert summary[1]["tasks"] == summary[0]["tasks"]
+    report = {"settings": {"tasks": {"toy": 12}}, "rows": summary}
+    assert "failed" not in table.markdown(report)
+
+
+def test_a_row_that_answers_as_the_uncompressed_one_cannot_be_told_from_it(loaded, samples, tmp_path):
+    model, processor = loaded
+    rows, store = [Row("none"), Row("grid", 1.0)], Store(tmp_path, {})
+    right = {"toy": [replace(s, answer="x") for s in samples["toy"]]}
+    runner.run_rows(model, processor, rows, right, store)
+    for row in rows:  # the small model answers nothing right by itself
+        path = tmp_path / "answers" / f"{row.key}.jsonl"
+        path.write_text(path.read_text().replace('"correct": 0.0', '"correct": 1.0', 5))
+    summary = results.summarize(store, rows, ["toy"], errors={}, timings={}, expected=12)
+    assert summary[1]["tasks"]["toy"]["retained"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    lines = table.markdown({"settings": {"tasks": {"toy": 12}}, "rows": summary}).splitlines()[2:]
+    assert ["100.0 ≈" in line for line in lines] == [False, True]
 
 
 def test_uncompressed_answers_are_the_stock_models(loaded, samples, tmp_path):
