@@ -31,7 +31,7 @@ def compressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
                 visual=tuple(sample.layer_tokens),
                 text=sample.text_tokens,
                 **_tower_sums(layers, pairs, mine),
-                projected=sum(_projected(shape, layout, i, image) for i, image in own)
+                projected=sum(_projected(shape, ledger, i, image) for i, image in own)
                 + _side_tokens(shape, layers, mine),
                 compressor=ledger.compressor_flops / len(samples),
             )
@@ -39,11 +39,15 @@ def compressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     return found
 
 
-def _projected(shape: ModelShape, layout: Layout, number: int, image: ImageRecord) -> int:
+def _projected(shape: ModelShape, ledger: VisualTokens, number: int, image: ImageRecord) -> int:
     """Rows that the projector takes of one image or video: all, where the model pools behind it, or the chosen ones."""
+    layout = ledger.layout
     if shape.whole_projector:
         return image.n_original
     owners, chosen = layout.view_image.tolist(), int((~image.is_newline[image.kept]).sum())
+    if ledger.selection is None:
+        # nothing was dropped before it: it also takes what the model crops from padded tiles behind it
+        chosen = sum(n for n, i in zip(layout.view_sizes, owners, strict=True) if i == layout.source[number])
     if layout.projected and (
         whole := sum(n for n, i in zip(layout.projected, owners, strict=True) if i == layout.source[number])
     ):

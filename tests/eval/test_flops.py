@@ -2,12 +2,15 @@
 """The counter meets the published values and torch's own counter."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from models import AHEAD
 from models_qwen import prompts_qwen, tiny_qwen
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -33,8 +36,11 @@ from vlmcompress.eval.flops import (
     full_count,
     macs,
 )
+from vlmcompress.eval.loading import encode, load
 from vlmcompress.eval.profiles import compressed
 from vlmcompress.views import TowerEdit
+
+TILED = Path(__file__).parents[2] / "assets/models/tiny-llava-next"
 
 
 def llava_7b(layers: int = 32, d: int = 4096, m: int = 11008, heads: int = 32) -> LlavaConfig:
@@ -158,6 +164,27 @@ def test_unknown_shapes_are_refused():
     config.text_config.model_type = "mamba"
     with pytest.raises(ValueError, match="text model 'mamba'"):
         ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize("method", ["none", "fastv"])
+def test_a_padded_tile_passes_the_projector_whole_where_nothing_is_dropped_before_it(method):
+    model, processor = load(str(TILED), attn_implementation="eager")
+    noise = np.random.default_rng(0).integers(0, 255, (96, 180, 3), dtype=np.uint8)
+    inputs = encode(model, processor, [Image.fromarray(noise)], ["what color is the star ?"])
+    ledger, report, total = counted(model, inputs, method)
+    views = [n for n, owner in zip(ledger.layout.view_sizes, ledger.layout.view_image, strict=True) if owner == 0]
+    assert sum(views) > int(ledger.layout.patch.sum())  # the model crops the padding behind the projector
+    assert report.flops["full"] == pytest.approx(total, rel=1e-3)
+    assert report.flops_before["full"] >= report.flops["full"]
+
+
+def test_a_look_from_inside_the_decoder_is_paid_for(qwen):
+    looks, blind = (
+        counted(qwen, prompts_qwen(TWO_SIZES), "todre", keep=3, depth=(0.5,), tau=0.0, stage2=stage2)[1]
+        for stage2 in ("probe", "never")
+    )
+    assert looks.flops["full"] > blind.flops["full"]
+    assert looks.compressor_flops > blind.compressor_flops
 
 
 # Qwen2-VL: views of different size in one pack ------------------------------------------------------------------------

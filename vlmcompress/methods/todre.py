@@ -168,6 +168,7 @@ class ToDRE(Method):
             fires = [True] * len(layer.frame.index)
         else:
             state["ratios"] = from_text, from_image = self.ratios(layer)
+            state["flops"] = state.get("flops", 0) + layer.flops
             fires = ((from_text < self.tau) & (from_image < self.tau)).tolist()
         left = [0 if fires[row] else n for row, n in zip(layer.layout.sample, counts, strict=True)]
         if left == counts:
