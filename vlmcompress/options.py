@@ -36,8 +36,12 @@ def tuples_of_lists(options: Any) -> None:
     """Make tuples of the lists in a dataclass ``options`` that wants tuples: a saved configuration has no tuples."""
     for name, wanted in _annotations(type(options)).items():
         value = getattr(options, name)
-        if isinstance(value, list) and not fits(value, wanted) and fits(tuple(value), wanted):
-            object.__setattr__(options, name, tuple(value))
+        if isinstance(value, list) and not fits(value, wanted) and fits(_tuple_of(value), wanted):
+            object.__setattr__(options, name, _tuple_of(value))
+
+
+def _tuple_of(value: Any) -> Any:
+    return tuple(_tuple_of(part) for part in value) if isinstance(value, list) else value
 
 
 def check_types(options: Any, owner: str) -> None:

@@ -316,6 +316,7 @@ def test_bad_input():
         ("window's space or time is a whole", lambda: CenterClip(window=(9, 0))),
         ("keeps nothing", lambda: CenterClip(keep=0)),
         ("at least one stage", lambda: CenterClip(schedule=())),
+        ("option schedule", lambda: CenterClip(schedule=3)),
         ("A stage of schedule", lambda: CenterClip(schedule=((1, 2),))),
         ("whole numbers from 1", lambda: CenterClip(frames=4, schedule=((2, 2, 9), (2, 1, 9)))),
         ("only become fewer", lambda: CenterClip(frames=4, schedule=((1, 2, 9), (2, 3, 9)))),

@@ -87,13 +87,6 @@ class CenterClip(Method):
         stages = tuple((event.block, event.frames[1], event.tokens[1]) for event in events)
         return cls(frames=frames, schedule=stages, **options)
 
-    def __post_init__(self) -> None:
-        if self.schedule is not None:  # lists where it comes from a saved configuration
-            object.__setattr__(self, "schedule", tuple(tuple(stage) for stage in self.schedule))
-        if isinstance(self.window, list):
-            object.__setattr__(self, "window", tuple(self.window))
-        super().__post_init__()
-
     def validate(self) -> None:
         for name in ("frames", "segments", "iterations", *(["neighbours"] if self.neighbours is not None else [])):
             _check_count(name, getattr(self, name))
