@@ -42,7 +42,7 @@ def test_keep_and_seeds_of_a_row():
         ("grid keep", "An option is NAME=VALUE, not 'keep'"),
         ("grid keep=0", "keeps nothing"),
         ("quota any_of='is there", "A quote is opened and not closed"),
-        ("transprune layers=(1,2) fractions=(0.1,0.5)", "never grow"),
+        ("transprune layers=(1,2) fractions=(0.5,1.5)", "shares between 0 and 1"),
     ],
 )
 def test_a_bad_row_is_refused_in_one_sentence(text, says):
