@@ -19,12 +19,13 @@ def compressed(shape: ModelShape, ledger: VisualTokens) -> list[Profile]:
     A ledger without ``tower_tokens`` stands for a tower that no method touched.
     """
     layout, samples = ledger.layout, ledger.samples
-    layers = _tower_by_view(shape, ledger)
+    owned = _views_of_samples(layout, len(samples))
+    layers = _tower_by_view(shape, ledger, owned)
     pairs = [counts.tolist() for counts in ledger.tower_pairs]
     if not pairs:
         pairs = [[n * n for n in row] for row in layers] if ledger.tower_tokens else shape.native_pairs(layout)
     found = []
-    for row, (sample, mine) in enumerate(zip(samples, _views_of_samples(layout, len(samples)), strict=True)):
+    for row, (sample, mine) in enumerate(zip(samples, owned, strict=True)):
         own = [(i, image) for i, image in zip(_images_of(layout, row), sample.images, strict=True) if _first(layout, i)]
         found.append(
             Profile(
@@ -70,14 +71,20 @@ def _views_of_samples(layout: Layout, samples: int) -> list[list[int]]:
     return [[view for view, owner in enumerate(rows) if owner == row] for row in range(samples)]
 
 
-def _tower_by_view(shape: ModelShape, ledger: VisualTokens) -> list[list[float]]:
-    """Tokens of every view in every vision layer."""
-    if ledger.tower_views:
-        return [counts.tolist() for counts in ledger.tower_views]
+def _tower_by_view(shape: ModelShape, ledger: VisualTokens, owned: list[list[int]]) -> list[list[float]]:
+    """Tokens of every view in every vision layer; ``owned``: the views of each sample."""
     views = len(ledger.layout.view_image)
     if ledger.tower_tokens:
-        # a tower that does not pack pads its views to the longest, and the padding is computed too
-        return [[n / views] * views for n in ledger.tower_tokens]
+        recorded = zip(ledger.tower_tokens, ledger.tower_views, strict=True)
+        layers = [[n / views] * views if own is None else own.tolist() for n, own in recorded]
+        # a tower that does not pack pads the views of a picture to their longest; alone it would, so that is computed
+        padded = [] if ledger.tower_pairs else [mine for mine in owned if mine]
+        for counts in layers:
+            for mine in padded:
+                longest = max(counts[view] for view in mine)
+                for view in mine:
+                    counts[view] = longest
+        return layers
     return [list(map(float, shape.native_views(ledger.layout)))] * shape.tower.layers
 
 

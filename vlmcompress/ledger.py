@@ -112,8 +112,9 @@ class VisualTokens:
 
     ``frames`` are ordered by their first decoder layer; ``selection`` is what ENTRY chose (None: all), ``scores`` its
     published ranking. ``tower_tokens[l]``: tokens, CLS included, that vision layer l processed, summed over views;
-    ``tower_views[l]`` [V]: the same for each view, for towers that take views of different size in one pack, and
-    ``tower_pairs[l]`` [V]: pairs of a query and a key that attend to each other there.
+    ``tower_views[l]`` [V]: the same for each view without its padding, None where all views are alike, and for towers
+    that take views of different size in one pack ``tower_pairs[l]`` [V]: pairs of a query and a key that attend to each
+    other there.
     ``positions``: position ids that entered the language model, [B, S'] or [axes, B, S'] for M-RoPE.
     ``compressor_flops``: floating-point operations that the methods themselves added, summed over the batch.
     """
@@ -124,7 +125,7 @@ class VisualTokens:
     selection: Selection | None = None
     scores: Tensor | None = None
     tower_tokens: list[int] = field(default_factory=list)
-    tower_views: list[LongTensor] = field(default_factory=list)
+    tower_views: list[LongTensor | None] = field(default_factory=list)
     tower_pairs: list[LongTensor] = field(default_factory=list)
     positions: LongTensor | None = None
     compressor_flops: int = 0

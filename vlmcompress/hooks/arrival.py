@@ -50,3 +50,4 @@ def arrive(
             continue
         mask = answer.mask[run.layout.batch_index, run.layout.column]
         run.selection = Selection.from_mask(run.layout, mask)
+        run.layout.projected = run.layout.view_sizes  # it chose behind the projector

@@ -78,6 +78,10 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
     hand_over(store, method)
     new, layer = inputs.shape[1], adapter.decoder_layers[index]
     cos, sin = (table.expand(len(inputs), -1, -1) for table in embeddings)
+    attention, state = layer.self_attn, run.state(method)
+
+    def spend(flops: int) -> None:
+        state["flops"] = state.get("flops", 0) + flops
 
     def logits(rows: LongTensor, upto: int | None) -> Tensor:
         if new == 1:
@@ -91,15 +95,16 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
             held, seen = held[:, :, :upto], None if seen is None else seen[..., :upto]
         # the newest token sees all that is real
         seen_up_to = None if new == 1 and seen is None else torch.where(rows < 0, -1, rows + store.stored - new)
+        spend(2 * rows.numel() * attention.q_proj.out_features * (inputs.shape[-1] + held.shape[2]))
         asking = queries(layer, picked, tables)
         with own_precision(asking.device):
-            return causal_logits(asking, held, seen_up_to, layer.self_attn.scaling, seen)
+            return causal_logits(asking, held, seen_up_to, attention.scaling, seen)
 
     def unrotated() -> Tensor:
         # projected anew: turning the cached keys back would leave equal tokens with keys that differ in the last bits
+        spend(2 * inputs.numel() * attention.k_proj.out_features)
         return keys(layer, inputs, (torch.ones_like(cos), torch.zeros_like(sin)))
 
-    attention = layer.self_attn
     heads = attention.q_proj.out_features // attention.k_proj.out_features
     view = CacheLayer(
         index=index, depth=len(adapter.decoder_layers), keys=store.keys, values=store.values, valid=store.valid,
@@ -108,7 +113,7 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
         _unrotated=under_autocast(unrotated, inputs.device),
     )  # fmt: skip
     with own_precision(inputs.device):
-        answer = method.cache(view, run.state(method))
+        answer = method.cache(view, state)
     apply(run, index, answer, positions)
 
 

@@ -33,7 +33,7 @@ def join(parts: list[Run]) -> Run:
     for method in {key for part in parts for key in part.states}:
         states[method] = _state([part.states[method] for part in parts])
     replaced = [entry for part in parts for entry in part.replaced]
-    tower = _tower([part.tower for part in parts if part.tower is not None])
+    tower = _tower([(part.tower, len(part.layout.view_image)) for part in parts if part.tower and part.layout])
     return Run(layout, selection, states, replaced=replaced, tower=tower)
 
 
@@ -124,11 +124,20 @@ def _state(parts: list[dict]) -> dict:
     return joined
 
 
-def _tower(parts: list[TowerState]) -> TowerState | None:
-    """The counts of all passes."""
-    if not parts:
+def _tower(passes: list[tuple[TowerState, int]]) -> TowerState | None:
+    """The counts of all passes, each with its number of views."""
+    if not passes:
         return None
+    parts = [tower for tower, _ in passes]
     tokens = [sum(layer) for layer in zip(*(part.tokens for part in parts), strict=True)]
-    per_view = [torch.cat(layer) for layer in zip(*(part.view_tokens for part in parts), strict=True)]
+    per_view: list[LongTensor | None] = []
+    for layer in range(len(tokens)):
+        counts = [part.view_tokens[layer] for part in parts]
+        alike = [part.tokens[layer] // views for part, views in passes]
+        if all(count is None for count in counts) and len(set(alike)) == 1:
+            per_view.append(None)
+            continue
+        full = (torch.full((views,), n, device=part.ids.device) for n, (part, views) in zip(alike, passes, strict=True))
+        per_view.append(torch.cat([b if a is None else a for a, b in zip(counts, full, strict=True)]))
     pairs = [torch.cat(layer) for layer in zip(*(part.view_pairs for part in parts), strict=True)]
     return TowerState(parts[0].ids, parts[0].cells, tokens=tokens, view_tokens=per_view, view_pairs=pairs)

@@ -34,7 +34,7 @@ class TowerState:
     bias: Tensor | None = None  # [V, n] added to attention logits per key
     edited: bool = False
     tokens: list[int] = field(default_factory=list)
-    view_tokens: list[LongTensor] = field(default_factory=list)  # packed towers: per layer [V]
+    view_tokens: list[LongTensor | None] = field(default_factory=list)  # per layer [V]; None: all views alike
     view_pairs: list[LongTensor] = field(default_factory=list)  # packed towers: per layer [V] pairs of query and key
     group: int = 1  # patches that the projector joins to a token; ids are then patches, group · token + place in it
     sizes: list[int] = field(default_factory=list)  # [V] patches of each view before anything was dropped

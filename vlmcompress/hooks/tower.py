@@ -219,8 +219,12 @@ def _before(vision: Vision, index: int, adapter: Adapter, args: tuple, kwargs: d
         if not tower.edited:
             return None
         return args, adapter.tower_arguments(kwargs, present_rows(tower), counts[counts > 0])
-    tower.tokens.append(hidden.shape[0] * hidden.shape[1])
-    tower.views.append(hidden.shape[0])
+    views, n = hidden.shape[:2]
+    # where views are padded to the longest, each counts what it holds, as it would alone
+    padded = tower.valid is not None and not tower.on_grid and views == len(vision.layout.view_image)
+    tower.tokens.append(views * n)
+    tower.view_tokens.append(adapter.tower_prefix + tower.valid.sum(1) if padded else None)
+    tower.views.append(views)
     return None
 
 
