@@ -12,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+from ..method import HOOKS, Method, create
 from .latency import Timing, clock, interleaved, refuse_zeros, tensor_shapes
 
 #: a 336 px picture and 60 text tokens
@@ -87,13 +89,13 @@ def watched_method(method: Any, around: Callable[[str], AbstractContextManager])
 
         return call
 
-    parts = {name: watched(name) for name in ("tower", "entry", "prefill", "cache")}
+    parts = {name: watched(name) for name in HOOKS if getattr(type(method), name) is not getattr(Method, name)}
     return type(type(method).__name__, (type(method),), parts)(**method.options())
 
 
 def timed_method(method: Any, device: str) -> tuple[Any, dict[str, list[float]]]:
     """The same method with a clock around what it computes; per stage the milliseconds of every call are collected."""
-    spent: dict[str, list[float]] = {name: [] for name in ("tower", "entry", "prefill", "cache")}
+    spent: dict[str, list[float]] = defaultdict(list)
     now = clock(device)
 
     @contextmanager
@@ -111,7 +113,6 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds of tower, rest of the prefill and the method itself, and their ratios to the limit."""
     from ..attach import compress
-    from ..method import create
 
     refuse_zeros(inputs)
     device = str(model.device)

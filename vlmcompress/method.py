@@ -190,7 +190,7 @@ class Method:
 
 _BEFORE, _CACHE = frozenset({Stage.TOWER, Stage.ENTRY}), frozenset({Stage.CACHE})
 #: the hooks of a method, each with the stages of which one must be named for it to be called
-_STAGES_OF = {
+HOOKS = {
     "tower": _BEFORE, "entry": _BEFORE, "arrival": _BEFORE, "prefill": frozenset({Stage.PREFILL}), "cache": _CACHE,
     "attend": _CACHE, "settle": _CACHE,
 }  # fmt: skip
@@ -227,7 +227,7 @@ class Composition:
                     f"{' and '.join(rivals)} both choose tokens {where}; compose at most one method for each place."
                 )
         for method in self.methods:
-            for hook, stages in _STAGES_OF.items():
+            for hook, stages in HOOKS.items():
                 # an instance may leave out a stage of its class on purpose
                 declared = type(method).stages | method.stages
                 if getattr(type(method), hook) is not getattr(Method, hook) and not declared & stages:
