@@ -120,7 +120,7 @@ def settled(cosine: Tensor) -> Tensor:
 
     A product in fp64 gives equal columns last digits that differ; in fp32 see :func:`thin_product`.
     """
-    return cosine.round(decimals=12) if cosine.dtype == torch.float64 else cosine
+    return cosine.round(decimals=10) if cosine.dtype == torch.float64 else cosine
 
 
 def thin_product(a: Tensor, b: Tensor) -> Tensor:
