@@ -80,8 +80,7 @@ class _Lookahead:
         for left in range(steps - 1, 0, -1):
             if chosen not in self.cosines:
                 ahead = self._ahead(chosen, min(left, self.most, 4 + 2 * hits)) if len(found) > 1 else [chosen]
-                rows = thin_product(self._units(torch.tensor(ahead)), self.x).mul_(self.per_length)
-                rows = settled(rows)
+                rows = settled(thin_product(self._units(torch.tensor(ahead)), self.x).mul_(self.per_length))
                 self.cosines.update(zip(ahead, rows.numpy(), strict=True))
                 hits = 0
             self.join(self.score, self.cosines[chosen], out=self.score)
