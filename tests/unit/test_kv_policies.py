@@ -8,6 +8,7 @@ import torch
 from models import IMAGE, cached, prompts, row_alone, tiny_llava
 from models_next import one_row, prompts_next, tiny_next
 from models_qwen import prompts_qwen, row_of, tiny_qwen
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 import vlmcompress
@@ -203,6 +204,37 @@ def test_composed_with_other_stages():
             for row in range(3):
                 alone = model.generate(**row_alone(inputs, SPEC, row), **GREEDY).sequences
                 assert alone[0, -6:].equal(out.sequences[row, -6:])
+
+
+@torch.no_grad()
+def scores_of_a_step(model) -> list[torch.Tensor]:
+    """H2O's scores in every layer behind a prompt and one more token."""
+    cache = model(**prompts(SPEC, N), use_cache=True).past_key_values
+    model(input_ids=torch.tensor([[5], [6], [7]]), past_key_values=cache)
+    return [layer.books["score"] for layer in cache.layers]
+
+
+def compressed_scores(model) -> list[torch.Tensor]:
+    with vlmcompress.compress(model, "h2o"):
+        return scores_of_a_step(model)
+
+
+def test_a_decoded_token_is_projected_once():
+    model, calls = tiny_llava(), []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: calls.append(output.shape[1]))
+    compressed_scores(model)
+    assert calls.count(1) == len(model.model.language_model.layers)
+
+
+def test_an_adapter_put_on_later_asks_its_own_queries():
+    model = tiny_llava()
+    stock = compressed_scores(model)
+    with vlmcompress.compress(model, "h2o"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+        late = scores_of_a_step(model)
+    for before, after, without in zip(late, compressed_scores(model), stock, strict=True):
+        assert before.equal(after) and not torch.allclose(before, without, atol=1e-3)
 
 
 def test_no_map_of_the_prompt_is_formed():

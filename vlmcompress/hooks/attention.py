@@ -20,10 +20,17 @@ def _heads(attention: nn.Module, projected: Tensor, norm: str) -> Tensor:
     return x.transpose(1, 2)
 
 
-def queries(layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, H, R, d] rotated queries of ``hidden`` [B, R, D] at the rotary tables ``embeddings`` ([B, R, d] each)."""
+def queries(
+    layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor], projected: Tensor | None = None
+) -> Tensor:
+    """[B, H, R, d] rotated queries of ``hidden`` [B, R, D] at the rotary tables ``embeddings`` ([B, R, d] each).
+
+    ``projected`` [B, R, H·d]: what the layer's own query projection made of ``hidden``, where that is at hand.
+    """
     attention = layer.self_attn
-    x = _heads(attention, attention.q_proj(layer.input_layernorm(hidden)), "q_norm")
+    if projected is None:
+        projected = attention.q_proj(layer.input_layernorm(hidden))
+    x = _heads(attention, projected, "q_norm")
     return rotate(x, *(table.to(x.device) for table in embeddings))
 
 

@@ -95,8 +95,10 @@ def evict(run: Run, index: int, inputs: Tensor, embeddings, method: Method, adap
             held, seen = held[:, :, :upto], None if seen is None else seen[..., :upto]
         # the newest token sees all that is real
         seen_up_to = None if new == 1 and seen is None else torch.where(rows < 0, -1, rows + store.stored - new)
-        spend(2 * rows.numel() * attention.q_proj.out_features * (inputs.shape[-1] + held.shape[2]))
-        asking = queries(layer, picked, tables)
+        projected = run.projected.get(index) if new == 1 else None
+        projecting = inputs.shape[-1] if projected is None else 0
+        spend(2 * rows.numel() * attention.q_proj.out_features * (projecting + held.shape[2]))
+        asking = queries(layer, picked, tables, projected)
         with own_precision(asking.device):
             return causal_logits(asking, held, seen_up_to, attention.scaling, seen)
 

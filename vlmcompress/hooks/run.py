@@ -112,6 +112,8 @@ class Run:
     #: layers whose cache has given up entries during this pass
     evicted: set[int] = field(default_factory=set)
     layer_inputs: dict[int, tuple] = field(default_factory=dict)
+    #: [B, 1, H · d] a decoded token as the query projection of each decoder layer left it
+    projected: dict[int, Tensor] = field(default_factory=dict)
     cache_lengths: list[int] | None = None
     cache_modality: list[tuple[Tensor, Tensor]] | None = None
     #: what is added to visual tokens behind the first decoder layers: row of each column [B, S] and per layer the rows

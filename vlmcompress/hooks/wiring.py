@@ -103,6 +103,9 @@ class Wiring:
             for method in self._prefill:
                 if index in method.watch_layers(self.adapter):
                     self._hooks += watch_parts(layer, index, method, lambda: self._watching, hook)
+            if self._cache:
+                projection = layer.get_submodule("self_attn.q_proj")
+                self._hooks.append(projection.register_forward_hook(hook(self._after_queries(index, layer))))
 
     def remove(self) -> None:
         """Take everything off."""
@@ -347,6 +350,16 @@ class Wiring:
             kwargs = {k: v for k, v in kwargs.items() if k != RUN_KEYWORD}
             hidden = args[0] if args else kwargs["hidden_states"]
             return args, before_layer(run, index, hidden, kwargs, self.adapter, self._choosers)
+
+        return hook
+
+    def _after_queries(self, index: int, layer: nn.Module):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            run = self._run
+            # an adapter (LoRA) put around the projection later has more to say than what it holds
+            if run is not None and output.shape[1] == 1 and module is layer.get_submodule("self_attn.q_proj"):
+                # a copy: fused rotary kernels write into what they are given
+                run.projected[index] = output.detach().clone()
 
         return hook
 

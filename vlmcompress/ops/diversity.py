@@ -63,55 +63,44 @@ class _Lookahead:
     """The greedy choice from one image's tokens ``x`` [N, C] on a CPU, starting from ``score`` [N], which it uses up.
 
     A step needs the cosines of one token to all, and taken one by one they cost a reading of ``x`` each. So a token
-    without its cosines brings those of the tokens that follow if only the ``pool`` best scored ones are looked at: that
-    choice is small, it is nearly always the true one, and where it is not, the order is still that of ``score``.
+    without its cosines brings those of the ``batch`` best scored others: most of them are chosen soon, and the order is
+    that of ``score`` whether they are or not.
     """
 
-    def __init__(self, x: Tensor, score: Tensor, rule: str, pool: int = 96, most: int = 24):
-        self.x, self.score = x, score.numpy()
+    def __init__(self, x: Tensor, score: Tensor, rule: str, batch: int = 24):
+        self.x, self.score, self.batch = x, score.numpy(), min(batch, len(x))
         self.per_length = x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
         self.join = np.add if rule == "maxsum" else np.maximum
-        self.pool, self.most = min(pool, len(x)), most
         self.cosines: dict[int, np.ndarray] = {}
+        self.known = np.zeros_like(self.score)  # infinite where the cosines are
 
     def order(self, chosen: int, steps: int) -> LongTensor:
         """[steps] tokens as they are chosen, ``chosen`` first."""
-        found, hits = [chosen], 0
-        for left in range(steps - 1, 0, -1):
-            if chosen not in self.cosines:
-                ahead = self._ahead(chosen, min(left, self.most, 4 + 2 * hits)) if len(found) > 1 else [chosen]
-                rows = settled(thin_product(self._units(torch.tensor(ahead)), self.x).mul_(self.per_length))
-                self.cosines.update(zip(ahead, rows.numpy(), strict=True))
-                hits = 0
-            self.join(self.score, self.cosines[chosen], out=self.score)
-            self.score[chosen] = np.inf
-            chosen, hits = int(self.score.argmin()), hits + 1
+        found, score, cosines = [chosen], self.score, self.cosines
+        while len(found) < steps:
+            if chosen not in cosines:
+                # all scores are alike at first
+                self._take(self._best(chosen, steps - len(found)) if len(found) > 1 else [chosen])
+            self.join(score, cosines[chosen], out=score)
+            score[chosen] = np.inf
+            chosen = int(score.argmin())
             found.append(chosen)
         return torch.tensor(found)
 
-    def _ahead(self, chosen: int, count: int) -> list[int]:
-        """``chosen`` and up to ``count`` - 1 tokens without cosines that would follow it inside the pool."""
-        pool = np.argpartition(self.score, self.pool - 1)[: self.pool]
-        if chosen not in pool:  # more tokens tie than the pool holds
-            pool[0] = chosen
-        units = self._units(torch.from_numpy(pool))
-        among, score = (units @ units.mT).numpy(), self.score[pool]
-        tokens = pool.tolist()
-        found: list[int] = []
-        place = tokens.index(chosen)
-        for _ in range(2 * count):
-            if tokens[place] not in self.cosines:
-                found.append(tokens[place])
-            if len(found) == count:
-                break
-            self.join(score, among[place], out=score)
-            score[place] = np.inf
-            place = int(score.argmin())
-        return list(dict.fromkeys(found))
+    def _best(self, chosen: int, left: int) -> list[int]:
+        """``chosen``, which scores best, and up to ``left`` - 1 that come next among the tokens without cosines."""
+        count = min(self.batch, left)
+        best = np.argpartition(self.score + self.known, count - 1)[:count].tolist()
+        # more tokens may tie than are taken
+        return best if chosen in best else [chosen, *best[1:]]
 
-    def _units(self, tokens: LongTensor) -> Tensor:
-        """[len(tokens), C] their directions."""
-        return self.x[tokens] * self.per_length[tokens, None]
+    def _take(self, tokens: list[int]) -> None:
+        """Take the cosines of ``tokens`` to all."""
+        picked = torch.tensor(tokens)
+        units = self.x[picked] * self.per_length[picked, None]
+        rows = settled(thin_product(units, self.x).mul_(self.per_length))
+        self.cosines.update(zip(tokens, rows.numpy(), strict=True))
+        self.known[tokens] = np.inf
 
 
 def settled(cosine: Tensor) -> Tensor:
