@@ -202,7 +202,8 @@ class PrunableLayer(Logical, GrowingLayer):
         """Take the one entry that ``keep`` leaves out from every head in place; False where that cannot be done."""
         if self.keys.device.type != "cpu":
             return False
-        gone = (keep == torch.arange(keep.shape[-1], device=keep.device)).sum(-1)
+        # what the sum of all places lacks
+        gone = keep.shape[-1] * (keep.shape[-1] + 1) // 2 - keep.sum(-1)
         return self.without(gone.expand(self.keys.shape[:2]))
 
 

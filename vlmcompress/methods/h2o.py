@@ -25,17 +25,19 @@ def attention_sums(layer: CacheLayer, weights: Tensor | None = None) -> Tensor:
 
     ``weights`` [B or 1, new] weigh the tokens. Rows are asked for in chunks, so that no map of the prompt is formed.
     """
-    batch, heads, n, _ = layer.keys.shape
-    total = torch.zeros(batch, heads, n, device=layer.keys.device)
-    start = 0
+    batch, _, n, _ = layer.keys.shape
+    total, start = None, 0
     for rows, seen in layer.chunks():
         attention = softmax_of(layer.logits(rows, seen))
         if weights is None:
-            total[..., :seen] += layer.by_group(attention.sum(2))
+            part = attention.sum(2)
         else:
-            part = weights[:, start : start + rows.shape[1]].expand(batch, -1)
-            total[..., :seen] += layer.by_group(torch.einsum("bhrn,br->bhn", attention, part))
+            of_rows = weights[:, start : start + rows.shape[1]].expand(batch, -1)
+            part = torch.einsum("bhrn,br->bhn", attention, of_rows)
+        part = torch.nn.functional.pad(layer.by_group(part), (0, n - seen))
+        total = part if total is None else total + part
         start += rows.shape[1]
+    assert total is not None
     return total
 
 
