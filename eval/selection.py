@@ -55,16 +55,19 @@ def step_by_step(x: Tensor, pivot: LongTensor, steps: int) -> LongTensor:
 def selection(shape: Shape, width: int, rounds: int, device: str, tick: Callable[[], None]) -> dict[str, Any]:
     """Milliseconds of both rules, of max-sum one step at a time, and of what cannot be spared, at one ``width``.
 
-    ``reading``: the lengths of all tokens, which reads the features once. ``products``: the cosines of the chosen tokens
-    to all others in one matrix product per image, ``gflop`` of it: no exact choice by sums does with less.
+    ``noise``: max-sum of features that are white noise, whose next token nobody can foresee. ``reading``: the lengths of
+    all tokens, which reads the features once. ``products``: the cosines of the chosen tokens to all others in one matrix
+    product per image, ``gflop`` of it: no exact choice by sums does with less.
     """
     x = features(shape, width, device)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
     pivot = torch.zeros(len(x), dtype=torch.long, device=device)
     order = diverse_order(x, pivot, shape.kept)
     chosen = x.gather(1, order[..., None].expand(-1, -1, width))
     cases: dict[str, Callable[[], Any]] = {
         "maxsum": lambda: diverse_order(x, pivot, shape.kept),
         "kcenter": lambda: diverse_order(x, pivot, shape.kept, rule="kcenter"),
+        "noise": lambda: diverse_order(noise, pivot, shape.kept),
         "step by step": lambda: step_by_step(x, pivot, shape.kept),
         "reading": lambda: x.norm(dim=-1),
         "products": lambda: [thin_product(a, b) for a, b in zip(chosen, x, strict=True)],

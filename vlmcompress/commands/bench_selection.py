@@ -31,7 +31,7 @@ def bench_selection(out: Path, rounds: int, device: str, shape: Shape | None = N
     shape = shape or selection.Shape()
     console = Console()
     with Progress(console=console) as progress:
-        bar = progress.add_task("choices", total=(rounds + 1) * 5 * len(shape.widths))
+        bar = progress.add_task("choices", total=(rounds + 1) * 6 * len(shape.widths))
 
         def tick() -> None:
             progress.advance(bar)
@@ -54,12 +54,15 @@ def bench_selection(out: Path, rounds: int, device: str, shape: Shape | None = N
 
 
 def _table(report: dict[str, Any]) -> Table:
-    names = ("maxsum", "kcenter", "step by step", "reading", "products")
+    names = ("maxsum", "kcenter", "noise", "step by step", "reading", "products")
     table = Table(box=box.SIMPLE_HEAD, title=report["shape"], title_justify="left")
     for column in ("width", *(f"{name}, ms" for name in names), "GFLOP", "same order"):
         table.add_column(column, justify="right")
     for row in report["widths"]:
         times = (f"{row['ms'][name]['median']:.1f}" for name in names)
         table.add_row(f"{row['width']:,}", *times, f"{row['gflop']:.1f}", f"{row['same_order']:.1%}")
-    table.caption = "medians; reading: the lengths of all tokens; products: the chosen tokens' cosines in one product"
+    table.caption = (
+        "medians; noise: maxsum of features without clusters; reading: the lengths of all tokens; products: the chosen "
+        "tokens' cosines in one product"
+    )
     return table
