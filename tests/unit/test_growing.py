@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from vlmcompress.hooks.cache import PrunableLayer
+from vlmcompress.hooks.cache import PrunableLayer, picks
 from vlmcompress.hooks.growing import SPARE
 
 
@@ -116,3 +116,22 @@ def test_storage_made_for_inference_is_not_written_to_afterwards():
     with torch.no_grad():
         grow(pair, [2, 3])
         leave_out(pair, 4)
+
+
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("held", [
+    lambda x: x,
+    lambda x: torch.nn.functional.pad(x, (0, 0, 0, 5))[:, :, : x.shape[2]],
+    lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    lambda x: x[:, :1].expand_as(x),
+    lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    lambda x: x.mT.contiguous().mT,
+    lambda x: x[..., :3],
+], ids=["whole", "room", "heads", "one head", "slots first", "columns", "narrow"])  # fmt: skip
+def test_rows_are_picked_from_any_view(n, heads, held):
+    generator = torch.Generator().manual_seed(n)
+    x = held(torch.randn(2, 3, n, 4, generator=generator))
+    keep = torch.randint(n, (2, heads, 4), generator=generator)
+    index = keep.expand(-1, 3, -1)[..., None].expand(-1, -1, -1, x.shape[3])
+    assert picks(x, keep).equal(x.gather(2, index))

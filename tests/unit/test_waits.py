@@ -15,6 +15,7 @@ import torch
 from models import prompts, tiny_llava
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vlmcompress
 
@@ -43,15 +44,17 @@ class Waits(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that are launched; views are none."""
+    """Counts the operations that are launched, and the elements of the largest result; views are none."""
 
     def __init__(self):
         super().__init__()
-        self.number = 0
+        self.number = self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.number += not function.is_view
+        if not function.is_view:
+            self.number += 1
+            self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
         return result
 
 
@@ -90,3 +93,16 @@ def test_a_decoded_token_waits_for_nothing(model, method):
     assert not waits
     # books in front of the layers; in each layer storage may be laid out anew
     assert compressed <= stock + 8 + 4 * LAYERS
+
+
+@torch.no_grad()
+def test_a_choice_from_the_cache_copies_only_what_is_chosen(model):
+    """TokenSelect keeps everything: neither the keys, nor its own copy of them, nor the values are copied for a token."""
+    with vlmcompress.compress(model, "tokenselect", select=9, sinks=2, local=5, reuse=None):
+        cache = model(**inputs([5, "image", 900], [5, "image", 900]), use_cache=True).past_key_values
+        token = torch.tensor([[5], [6]])
+        model(input_ids=token, past_key_values=cache)  # lays out room
+        with Operations() as operations:
+            model(input_ids=token, past_key_values=cache)
+    keys = cache.layers[0].keys
+    assert operations.largest < keys.numel() // 2

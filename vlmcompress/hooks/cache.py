@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from ..dtypes import LongTensor
 from ..tokens import Frame
-from .growing import GrowingLayer
+from .growing import GrowingLayer, Room
 
 STRANGER = (
     "This cache gave up tokens while the model was compressed, and the stock model would read it wrongly; go on with a "
@@ -43,6 +43,7 @@ class Logical:
         self.shift: LongTensor | None = None
         self.refuse_crop: str | None = None
         self.books: dict[str, Tensor] = {}
+        self.book_rooms: dict[str, Room] = {}
         self.memory: dict[str, Any] = {}
         self.hidden: Tensor | None = None
         self.selected: LongTensor | None = None
@@ -112,7 +113,12 @@ class Logical:
         if self.hidden is not None:
             self.hidden = torch.nn.functional.pad(self.hidden, (0, new), value=self.blind and new == 1)
         for name, book in self.books.items():
-            self.books[name] = torch.cat([book, book.new_zeros(*book.shape[:2], new, *book.shape[3:])], dim=2)
+            entries = book.new_zeros(*book.shape[:2], new, *book.shape[3:])
+            if new == 1 and book.ndim > 3:  # vectors, as large as the keys
+                self.books[name] = self.book_rooms.setdefault(name, Room()).append(book, entries)
+            else:
+                self.book_rooms.pop(name, None)
+                self.books[name] = torch.cat([book, entries], dim=2)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
@@ -148,13 +154,19 @@ def picks(x: Tensor, keep: LongTensor) -> Tensor:
 
     Vectors are copied as whole rows: gathering them element by element takes several times as long.
     """
-    heads, length = max(x.shape[1], keep.shape[1]), x.shape[2]
+    heads = max(x.shape[1], keep.shape[1])
     x, keep = x.expand(-1, heads, *x.shape[2:]), keep.expand(-1, heads, -1)
     if x.ndim == 3:
         return x.gather(2, keep)
-    start = torch.arange(0, len(x) * heads * length, length, device=x.device).view(len(x), heads, 1)
-    rows = x.flatten(0, 2).index_select(0, (keep + start).flatten())
-    return rows.view(*keep.shape, *x.shape[3:])
+    width = x.shape[3:].numel()
+    if not x[0, 0].is_contiguous() or x.stride(0) % width or x.stride(1) % width:
+        x = x.contiguous()
+    # rows of the storage, which may have room between heads: flattening would copy all of it
+    sample, head = x.stride(0) // width, x.stride(1) // width
+    between = (len(x) - 1) * sample + (heads - 1) * head + x.shape[2]
+    rows = x.as_strided((between, *x.shape[3:]), (width, *x.stride()[3:]))
+    start = torch.arange(len(x), device=x.device)[:, None] * sample + torch.arange(heads, device=x.device) * head
+    return rows.index_select(0, (keep + start[..., None]).flatten()).view(*keep.shape, *x.shape[3:])
 
 
 class PrunableLayer(Logical, GrowingLayer):
@@ -181,8 +193,9 @@ class PrunableLayer(Logical, GrowingLayer):
         if self.selected is None:
             return keys, values
         picked, self.selected = self.selected, None
-        parts = (picks(keys, picked), key_states), (picks(values, picked), value_states)
-        return tuple(torch.cat(pair, dim=2) for pair in parts)
+        new = torch.arange(keys.shape[2] - key_states.shape[2], keys.shape[2], device=picked.device)
+        seen = torch.cat([picked, new.expand(*picked.shape[:2], -1)], dim=2)
+        return picks(keys, seen), picks(values, seen)
 
     def evict(self, keep: LongTensor, valid: Tensor | None) -> None:
         """Keep the entries ``keep`` [B, 1 or H_kv, K]; ``valid`` of the same shape marks the real ones (None: all)."""

@@ -31,6 +31,7 @@ def hand_over(store: PrunableLayer, method: Method) -> None:
     if owner is not None and owner != method:
         visual = store.books.get("visual")
         store.books, store.memory = {} if visual is None else {"visual": visual}, {}
+        store.book_rooms.clear()
         store.hidden, store.blind = None, False
     store.memory["owner"] = method
 

@@ -71,9 +71,11 @@ class TokenSelect(Method):
 
     def cache(self, layer: CacheLayer, state: dict) -> Eviction | None:
         if self.vote == "unrotated":
-            plain = layer.new_keys_unrotated()
-            older = layer.books.get("plain", plain[:, :, :0])[:, :, : layer.keys.shape[2] - layer.new]
-            layer.books["plain"] = torch.cat([older, plain], dim=2)
+            plain = layer.new_keys_unrotated().detach()
+            if "plain" in layer.books:
+                layer.books["plain"][:, :, -layer.new :] = plain
+            else:
+                layer.books["plain"] = plain
         return None
 
     def attend(self, layer: AttendLayer, state: dict) -> LongTensor | None:

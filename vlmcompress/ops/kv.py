@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LongTensor
+from .scores import logits_of
 
 
 def share_of(part: int | float, length: int | LongTensor, *, add: float = 0.0) -> int | LongTensor:
@@ -204,5 +205,5 @@ def soft_votes(query: Tensor, keys: Tensor, candidates: Tensor, *, modulo: bool 
         grouped = query.float().view(batch, heads // groups, groups, dim).transpose(1, 2)
     else:
         grouped = query.float().view(batch, groups, heads // groups, dim)
-    logits = (grouped @ keys.float().mT).masked_fill(~candidates[:, None, None], float("-inf"))
+    logits = logits_of(grouped, keys.float()).masked_fill(~candidates[:, None, None], float("-inf"))
     return logits.softmax(-1).nan_to_num(0.0).sum((1, 2))

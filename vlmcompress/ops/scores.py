@@ -59,6 +59,16 @@ def negative_cosine(x: Tensor, valid: Tensor | None = None) -> Tensor:
     return -torch.nn.functional.cosine_similarity(x, x.sum(1, keepdim=True), dim=-1)
 
 
+def logits_of(query: Tensor, keys: Tensor) -> Tensor:
+    """[..., R, n] products of ``query`` [..., R, d] with ``keys`` [..., n, d].
+
+    A CPU reads the keys twice as fast when a few queries stand as columns behind them.
+    """
+    if keys.device.type == "cpu" and query.shape[-2] <= 8:
+        return (keys @ query.mT).mT
+    return query @ keys.mT
+
+
 def causal_logits(query: Tensor, keys: Tensor, rows: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:
     """Attention logits of selected query rows; minus infinity where they may not look.
 
@@ -67,7 +77,7 @@ def causal_logits(query: Tensor, keys: Tensor, rows: Tensor | None, scale: float
     batch, heads, count, dim = query.shape
     groups = keys.shape[1]
     grouped = (query.float() * scale).view(batch, groups, heads // groups * count, dim)
-    logits = (grouped @ keys.float().mT).view(batch, groups, heads // groups, count, -1)
+    logits = logits_of(grouped, keys.float()).reshape(batch, groups, heads // groups, count, -1)
     if rows is None:
         return logits.flatten(1, 2)
     seen = (torch.arange(keys.shape[2], device=keys.device) <= rows[..., None])[:, None]
