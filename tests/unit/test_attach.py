@@ -19,16 +19,6 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, suppress_tokens=[IMAGE])
 METHODS = [("vtc-cls", {"keep": 9}), ("tower-cls", {"keep": 9}), ("fastv", {"keep": 9}), ("keep-last", {"budget": 20})]
 
 
-@pytest.fixture
-def model():
-    return tiny_llava(eos_token_id=None)
-
-
-@pytest.fixture
-def inputs():
-    return prompts([[5, "image", 7], [2, "image", 3]], N)
-
-
 def trace(model):
     """Everything that removal has to put back."""
     hooks = {

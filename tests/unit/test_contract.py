@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import prompts, tiny_llava
 from models_tiles import FAMILIES, one_row
 from models_tiles import prompts as prompts_tiles
 
@@ -20,16 +19,6 @@ from vlmcompress.attach import current_handle
 
 N = 36
 ENTRY = {"methods": [{"method": "grid", "options": {"keep": 4}}], "positions": "published"}
-
-
-@pytest.fixture
-def model():
-    return tiny_llava(eos_token_id=None)
-
-
-@pytest.fixture
-def inputs():
-    return prompts([[5, "image", 7], [2, "image", 3]], N)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------

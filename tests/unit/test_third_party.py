@@ -8,25 +8,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import prompts, tiny_llava
 
 import vlmcompress
 from vlmcompress import Composition, Method, Stage
 from vlmcompress.attach import current_handle
 from vlmcompress.registry import Registry
 from vlmcompress.views import Cut, EntryTokens, Selection
-
-N = 36
-
-
-@pytest.fixture
-def model():
-    return tiny_llava(eos_token_id=None)
-
-
-@pytest.fixture
-def inputs():
-    return prompts([[5, "image", 7], [2, "image", 3]], N)
 
 
 # methods of other packages --------------------------------------------------------------------------------------
