@@ -14,8 +14,8 @@ name       what it counts                                                       
 d hidden width, m feed-forward width, n visual tokens. ``full`` counts attention over the whole n × n square, as torch's
 own ``FlopCounterMode`` does, and leaves out norms, activations and softmax, as it does; the two agree (see the tests).
 Rows that only pad a batch, in the projector or the decoder, are left out: a sample costs what it costs alone.
-The compressor's own cost is inside every convention, but for what cache policies spend on scoring the prompt, which the
-clocks of ``vlmcompress bench cache`` show. This module needs neither torch nor transformers.
+The compressor's own cost is inside every convention, what cache policies spend on scoring the prompt included. This module
+needs neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class Logical:
 
     What a policy knows lives here too, so that it goes wherever the entries go: ``books`` hold a value per entry,
     [B, 1 or H_kv, n, ...] (new entries come in as zeros), ``memory`` holds whatever else; its tensors start with the
-    batch. ``hidden`` [B, 1 or H_kv, n] or None: entries that stay, but are not shown to the next tokens; ``blind``: a
-    next token that comes alone does not see itself either. ``selected`` [B, 1, m] or None: older entries that the next
-    tokens see, all others being left out of that one call.
+    batch. ``book_rooms``: storage of the books that hold vectors. ``hidden`` [B, 1 or H_kv, n] or None: entries that
+    stay, but are not shown to the next tokens; ``blind``: a next token that comes alone does not see itself either.
+    ``selected`` [B, 1, m] or None: older entries that the next tokens see, all others being left out of that one call.
 
     ``led``: a compressed model is at work on the layer. ``uneven``: other layers of the cache hold other numbers of
     entries. Both tell when a stock model would go on wrongly, which :meth:`check_led` refuses.
